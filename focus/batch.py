@@ -1,0 +1,82 @@
+"""What the model eats: one task-homogeneous micro-batch of sequences, pictures, regions and targets.
+
+The sequence is described position by position, so that one embedding routine serves every task:
+`source` says where the embedding of a position comes from, `grid` where a visual token lies in its
+picture, `condition` which candidate (class, expression or region) a text position belongs to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+# B batch, T sequence, R regions, P points, N masks, H W picture
+
+
+class Source(IntEnum):
+    """Where the input embedding of a sequence position comes from."""
+
+    TOKEN = 0  # row `input_ids` of the token table
+    SEMANTIC = 1  # next row of E_img (eq. 2), projected
+    PIXEL = 2  # next row of X_T, the continuous pixel-encoder output, projected
+    ADAPTER = 3  # next row of h_Adapter (eq. 4)
+    MASK_QUERY = 4  # next learned mask query
+    REGION = 5  # next pooled region vector
+
+
+IGNORE = -100  # label of a position that carries no loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """One picture per row at the three resolutions of the encoders, RGB in [0, 1]."""
+
+    vanilla: Tensor  # [B, 3, h, w]
+    hierarchical: Tensor  # [B, 3, h, w]
+    pixel: Tensor  # [B, 3, h, w]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch; every row has the same task."""
+
+    task: str
+    input_ids: Tensor  # [B, T] int64, right-padded
+    labels: Tensor  # [B, T] int64, already shifted: labels[t] is the id that follows t; IGNORE elsewhere
+    source: Tensor  # [B, T] uint8, `Source`
+    grid: Tensor  # [B, T, 3] int16: level (0 semantic, 1 pixel), row, column; -1 where not visual
+    condition: Tensor  # [B, T] int16: candidate number whose tokens these are, -1 elsewhere
+    lengths: Tensor  # [B] int64
+    pictures: Pictures | None = None  # None: the sequences hold no input picture
+    region_points: Tensor | None = None  # [B, R, P, 2] x, y in [0, 1] of the letterboxed picture
+    num_regions: Tensor | None = None  # [B]
+    masks: Tensor | None = None  # [B, N, H, W] bool, in the frame of pictures.hierarchical
+    mask_labels: Tensor | None = None  # [B, N] int64 candidate number of each mask, -1 padding
+    num_conditions: Tensor | None = None  # [B]
+    target: Pictures | None = None  # picture to generate: vanilla and hierarchical give its codes
+    edit_mask: Tensor | None = None  # [B, H, W] bool, region that the edit changes
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """Move every tensor; `dtype` converts floating tensors only."""
+        return _map(self, device, dtype)
+
+
+def _map(value: Batch, device: torch.device | str, dtype: torch.dtype | None) -> Batch:
+    moved: dict[str, object] = {}
+    for item in dataclasses.fields(value):
+        moved[item.name] = _move(getattr(value, item.name), device, dtype)
+    return dataclasses.replace(value, **moved)  # type: ignore[arg-type]
+
+
+def _move(value: object, device: torch.device | str, dtype: torch.dtype | None) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, Pictures):
+        return Pictures(
+            **{f.name: _move(getattr(value, f.name), device, dtype) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+        )
+    return value

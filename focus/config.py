@@ -1,0 +1,397 @@
+"""Sizes of every part of FOCUS, as frozen keyword-only dataclasses and functions that return them.
+
+A config says how large the parts are, never how they are trained (that is a run, `engine/runs.py`).
+Each default is either the paper's figure or our reading of a gap in it; the docstrings say which.
+`focus_tiny()` and `focus_3b()` build the same modules from different numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+FORMAT_VERSION = 1
+
+Scale = Literal["res2", "res3", "res4", "res5"]
+SCALES: tuple[Scale, ...] = ("res2", "res3", "res4", "res5")
+
+
+class ConfigError(ValueError):
+    """A config that contradicts itself, or a JSON that is not a config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VanillaConfig:
+    """Vanilla encoder: a Qwen2-VL vision tower (paper 3.1, "QwenViT").
+
+    `image_size` is (height, width) of X_L; one merged token covers
+    `patch_size * merge_size` pixels (28 in the paper) each way.
+    """
+
+    image_size: tuple[int, int] = (252, 252)
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    depth: int = 32
+    dim: int = 1280
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    out_dim: int = 3584
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    @property
+    def stride(self) -> int:
+        """Pixels that one merged token covers each way."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of merged tokens."""
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalConfig:
+    """Hierarchical encoder: ConvNeXt, four scales at strides 4, 8, 16 and 32 (paper 3.1)."""
+
+    image_size: tuple[int, int] = (768, 768)
+    depths: tuple[int, int, int, int] = (3, 3, 27, 3)
+    dims: tuple[int, int, int, int] = (192, 384, 768, 1536)
+    drop_path: float = 0.0
+
+    def dim_of(self, scale: Scale) -> int:
+        """Channels of one scale."""
+        return self.dims[SCALES.index(scale)]
+
+    def grid_of(self, scale: Scale) -> tuple[int, int]:
+        """Rows and columns of one scale."""
+        stride = 4 << SCALES.index(scale)
+        return self.image_size[0] // stride, self.image_size[1] // stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """Cross-attention of vanilla tokens onto hierarchical features (eq. 1-2).
+
+    `residual=False` is eq. 2 to the letter. With the residual and a zero-initialised output
+    projection the fused feature starts as the vanilla one, which keeps the semantic target reachable.
+    """
+
+    dim: int = 1280
+    num_heads: int = 16
+    scales: tuple[Scale, ...] = ("res5",)
+    residual: bool = True
+    mlp_ratio: float = 4.0
+    rope_theta: float = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Gated cross-attention adapter (eq. 3-4): learnable queries, layer l reads scale j = l."""
+
+    num_queries: int = 128
+    dim: int = 768
+    num_heads: int = 12
+    scales: tuple[Scale, ...] = ("res3", "res4", "res5")
+    position: bool = True
+    ffn_ratio: float = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimVQConfig:
+    """Frozen Gaussian codebook times one learned linear map (SimVQ)."""
+
+    num_codes: int = 32_768
+    dim: int = 32
+    bias: bool = False
+    beta: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticConfig:
+    """Semantic branch of the tokenizer: transformer blocks around a SimVQ codebook."""
+
+    depth: int = 4
+    dim: int = 1280
+    num_heads: int = 16
+    codebook: SimVQConfig = field(default_factory=lambda: SimVQConfig(num_codes=32_768))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelConfig:
+    """Pixel branch: MoVQ encoder and decoder around a SimVQ codebook.
+
+    Stride is 2 ** (len(multipliers) - 1), 16 in the paper. `residual_sampling` adds the
+    parameter-free pixel-(un)shuffle shortcuts of ILLUME+ to every down- and up-sampling.
+    """
+
+    image_size: tuple[int, int] = (256, 256)
+    encoder_channels: int = 128
+    decoder_channels: int = 384
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_blocks: int = 2
+    attention_levels: tuple[int, ...] = (4,)
+    norm_groups: int = 32
+    residual_sampling: bool = True
+    codebook: SimVQConfig = field(default_factory=lambda: SimVQConfig(num_codes=98_304))
+
+    @property
+    def stride(self) -> int:
+        """Pixels that one pixel token covers each way."""
+        return 1 << (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of pixel tokens."""
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMConfig:
+    """Qwen2 trunk. `vocab_size` counts rows of the embedding table, visual tokens included.
+
+    `visual_position` adds a learned (row, column) embedding to visual tokens, going in and coming
+    out. The paper has plain 1-D positions (False); from scratch on a laptop the model needs it to
+    line up the source picture with the picture it writes.
+    """
+
+    num_layers: int = 36
+    dim: int = 2048
+    num_heads: int = 16
+    num_kv_heads: int = 2
+    head_dim: int = 128
+    ffn_dim: int = 11_008
+    vocab_size: int = 283_136
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    max_length: int = 32_768
+    visual_position: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """Segmentation predictor (eq. 5): Mask2Former's pixel and masked decoder fed by LLM states."""
+
+    dim: int = 256
+    num_queries: int = 100
+    num_heads: int = 8
+    encoder_layers: int = 6
+    encoder_ffn_dim: int = 1024
+    decoder_layers: int = 9
+    decoder_ffn_dim: int = 2048
+    num_points: int = 12_544
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionConfig:
+    """Pooling of clicks, scribbles, boxes and masks into one vector per region (facts, section 9).
+
+    `hierarchical_scale` adds point-sampled features of that scale through a zero-initialised
+    projection; `position` adds the mean Fourier position of the sampled points.
+    """
+
+    num_points: int = 256
+    click_radius: float = 10 / 768
+    scribble_radius: float = 5 / 768
+    hierarchical_scale: Scale | None = "res4"
+    position: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Latent autoencoder (SDXL's AutoencoderKL at full scale)."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_groups: int = 32
+    scaling_factor: float = 0.13025
+
+    @property
+    def stride(self) -> int:
+        """Pixels that one latent covers each way."""
+        return 1 << (len(self.channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Diffusion decoder: SDXL's UNet with code channels and mask attention (eq. 6).
+
+    `upscale` is output size over bucket size (the paper's super-resolution, 2).
+    `mask_grid="pooled"` pools keys to each level's own grid; "full" keeps every latent.
+    """
+
+    channels: tuple[int, ...] = (320, 640, 1280)
+    layers_per_block: int = 2
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
+    head_dim: int = 64
+    context_dim: int = 2048
+    num_masks: int = 1
+    mask_position: Literal["rope", "none"] = "rope"
+    mask_grid: Literal["pooled", "full"] = "pooled"
+    norm_groups: int = 32
+    upscale: int = 2
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    num_sizes: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocusConfig:
+    """The whole model; the only object that `model.py` needs."""
+
+    name: str
+    vanilla: VanillaConfig = field(default_factory=VanillaConfig)
+    hierarchical: HierarchicalConfig = field(default_factory=HierarchicalConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    pixel: PixelConfig = field(default_factory=PixelConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self) -> None:
+        for part, size, stride in (
+            ("vanilla", self.vanilla.image_size, self.vanilla.stride),
+            ("hierarchical", self.hierarchical.image_size, 32),
+            ("pixel", self.pixel.image_size, self.pixel.stride),
+        ):
+            if size[0] % stride or size[1] % stride:
+                raise ConfigError(
+                    f"{part}.image_size must be a multiple of {stride} pixels, got {size}; "
+                    f"use {tuple(max(1, s // stride) * stride for s in size)}"
+                )
+        if self.semantic.codebook.dim != self.pixel.codebook.dim:
+            raise ConfigError(
+                "semantic and pixel codes are concatenated, so both codebooks need one dim: got "
+                f"{self.semantic.codebook.dim} and {self.pixel.codebook.dim}"
+            )
+        if self.llm.num_heads % self.llm.num_kv_heads:
+            raise ConfigError(
+                f"llm.num_heads ({self.llm.num_heads}) must be a multiple of "
+                f"llm.num_kv_heads ({self.llm.num_kv_heads})"
+            )
+
+    @property
+    def code_channels(self) -> int:
+        """Channels of the merged semantic and pixel codes."""
+        return self.semantic.codebook.dim + self.pixel.codebook.dim
+
+
+def focus_3b() -> FocusConfig:
+    """The paper's model: Qwen2.5-3B, QwenViT, ConvNeXt-L, MoVQ, Mask2Former, SDXL."""
+    return FocusConfig(name="focus_3b")
+
+
+def focus_tiny() -> FocusConfig:
+    """Every part of the paper in fewer than 30 M parameters, trainable on two CPU cores."""
+    return FocusConfig(
+        name="focus_tiny",
+        vanilla=VanillaConfig(
+            image_size=(56, 56), patch_size=7, depth=4, dim=128, num_heads=4, out_dim=192
+        ),
+        hierarchical=HierarchicalConfig(
+            image_size=(128, 128), depths=(2, 2, 4, 2), dims=(32, 64, 128, 192)
+        ),
+        fusion=FusionConfig(dim=128, num_heads=4, scales=("res4",)),
+        adapter=AdapterConfig(num_queries=16, dim=128, num_heads=4),
+        semantic=SemanticConfig(
+            depth=2, dim=128, num_heads=4, codebook=SimVQConfig(num_codes=256, dim=8)
+        ),
+        pixel=PixelConfig(
+            image_size=(64, 64),
+            encoder_channels=32,
+            decoder_channels=48,
+            multipliers=(1, 1, 2, 2),
+            num_blocks=1,
+            attention_levels=(3,),
+            norm_groups=8,
+            codebook=SimVQConfig(num_codes=1024, dim=8),
+        ),
+        llm=LLMConfig(
+            num_layers=6,
+            dim=192,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=32,
+            ffn_dim=640,
+            vocab_size=2048,
+            rope_theta=1e4,
+            max_length=768,
+            visual_position=True,
+        ),
+        segment=SegmentConfig(
+            dim=64,
+            num_queries=12,
+            num_heads=4,
+            encoder_layers=1,
+            encoder_ffn_dim=128,
+            decoder_layers=3,
+            decoder_ffn_dim=128,
+            num_points=256,
+        ),
+        region=RegionConfig(num_points=64, hierarchical_scale="res3", position=True),
+        diffusion=DiffusionConfig(
+            channels=(48, 96),
+            layers_per_block=1,
+            transformer_depth=(1, 1),
+            head_dim=16,
+            context_dim=64,
+            norm_groups=8,
+            upscale=1,
+            vae=VAEConfig(
+                channels=(32, 48, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0
+            ),
+            num_sizes=1,
+        ),
+    )
+
+
+CONFIGS = {"focus_3b": focus_3b, "focus_tiny": focus_tiny}
+
+C = TypeVar("C")
+
+
+def to_json(config: FocusConfig) -> dict[str, Any]:
+    """Return the config as plain JSON values, with the format version beside it."""
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+
+
+def from_json(values: dict[str, Any]) -> FocusConfig:
+    """Rebuild a config from `to_json`; unknown or missing keys raise `ConfigError`."""
+    values = dict(values)
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"config format version {FORMAT_VERSION} expected, got {version!r}; "
+            "this file was written by another release of focus-vl"
+        )
+    return _build(FocusConfig, values, "config")
+
+
+def _build(cls: type[C], values: Any, path: str) -> C:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: an object expected, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{path}: unknown keys {unknown}; known are {sorted(hints)}")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            built[name] = _build(typing.cast(type[Any], hint), value, f"{path}.{name}")
+        elif typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+            built[name] = tuple(value)
+        else:
+            built[name] = value
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from error
