@@ -1,0 +1,182 @@
+"""A run: everything that decides what a training does, in one frozen record."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+from parallel.layout import ParallelConfig
+from parallel.optimizer import OptimizerConfig, Schedule
+
+
+class RunError(ValueError):
+    """A run that contradicts itself, or an override that names nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run.
+
+    `stage` is a module of `engine/stages`, `model` a name in `focus.config.CONFIGS`.
+    `micro_batches` lists the (task, batch size) pairs of every step, per data-parallel rank; a
+    stage may replace it by its own schedule. `rates` maps globs over parameter names to learning
+    rates: the first match decides, no match means frozen. `init_from` is the name of a run beside
+    this run's folder, a run folder, a checkpoint folder or a safetensors file. `ema` is a decay per
+    step.
+    `extra` holds what only the stage understands.
+    """
+
+    name: str
+    stage: str
+    model: str
+    steps: int
+    rates: Mapping[str, float]
+    micro_batches: tuple[tuple[str, int], ...] = (("default", 8),)
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    floor: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    init_from: str | None = None
+    save_every: int = 500
+    keep: int = 2
+    panel_every: int = 500
+    log_every: int = 10
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema: float | None = None
+    workers: int = 1
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("save_every", 1), ("keep", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise RunError(f"{self.name}: {name} must be at least {least}, got {self!r}")
+        if any(size < 1 for _, size in self.micro_batches) or not self.micro_batches:
+            raise RunError(
+                f"{self.name}: micro_batches must be pairs (task, batch size >= 1), "
+                f"got {self.micro_batches}"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RunError(f"{self.name}: ema must lie between 0 and 1, got {self.ema}")
+
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer's share of this run."""
+        return OptimizerConfig(
+            rates=self.rates,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            steps=self.steps,
+            floor=self.floor,
+        )
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """Return the run as plain JSON values."""
+    return dataclasses.asdict(run)
+
+
+def derive_seed(*parts: object) -> int:
+    """Mix parts into a 63-bit seed; equal parts give equal seeds on every machine."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def override(run: Run, *assignments: str) -> Run:
+    """Return `run` with typed `path.to.field=value` assignments applied; raises `RunError`.
+
+    In `rates` and `extra` the rest of the path is the key: `rates.llm.*=1e-4`, `extra.lpips=0.5`.
+    Tuples are written as Python does: `micro_batches=(("edit", 4), ("vqa", 8))`.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise RunError(f"an override is path.to.field=value, got {assignment!r}")
+        run = _assign(run, path.strip(), text.strip(), path.strip())
+    return run
+
+
+def _assign(record: Any, path: str, text: str, whole: str) -> Any:
+    name, _, rest = path.partition(".")
+    hints = typing.get_type_hints(type(record))
+    if name not in hints:
+        raise RunError(f"{whole}: no field {name!r} here; fields are {', '.join(sorted(hints))}")
+    value = getattr(record, name)
+    if rest and dataclasses.is_dataclass(value):
+        changed = _assign(value, rest, text, whole)
+    elif rest and isinstance(value, Mapping):
+        hint = float if name == "rates" else Any
+        changed = {**value, rest: _parse(text, hint, whole)}
+    elif rest:
+        raise RunError(f"{whole}: {name!r} has no fields of its own")
+    else:
+        changed = _parse(text, hints[name], whole)
+    try:
+        return dataclasses.replace(record, **{name: changed})
+    except ValueError as error:
+        raise RunError(f"{whole}={text}: {error}") from error
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    """Read `text` as a value of type `hint`."""
+    try:
+        return _convert(_literal(text, hint), hint)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise RunError(f"{path}: {_say(hint)} expected, got {text!r}") from error
+
+
+def _literal(text: str, hint: Any) -> Any:
+    if hint is str or typing.get_origin(hint) is Literal:
+        return text
+    if str in typing.get_args(hint):
+        return None if text.lower() in ("none", "null") else text
+    lowered = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in lowered:
+        return lowered[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(value)
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)))
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(value)
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        return tuple(_convert(v, h) for v, h in zip(value, inner, strict=True))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if origin is not None and isinstance(value, dict):
+        return {str(k): _convert(v, arguments[1]) for k, v in value.items()}
+    if type(value) is not hint:
+        raise TypeError(value)
+    return value
+
+
+def _say(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")

@@ -1,0 +1,304 @@
+"""The training loop. There is one: a laptop's two cores and a cluster run these lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import random
+import signal
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from engine.monitor import Monitor
+from engine.run import Run, RunError, derive_seed, to_json
+from engine.stages.stage import Micro, Stage, find_stage, find_weights
+from parallel.checkpoint import CheckpointFolder
+from parallel.engine import Engine, NonFiniteLoss, PlainEngine
+from parallel.mesh import Mesh, open_mesh
+
+__all__ = ["NonFiniteLoss", "Outcome", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training ended: steps done, whether a signal ended it early, the newest checkpoint."""
+
+    step: int
+    stopped: bool
+    checkpoint: Path
+
+
+def train(
+    run: Run,
+    out_dir: str | Path,
+    *,
+    resume: bool = True,
+    stage: Stage | None = None,
+    until: int | None = None,
+    stream: TextIO | None = None,
+) -> Outcome:
+    """Train `run` in `out_dir`, going on from its newest sound checkpoint.
+
+    `until` ends after that many steps in all (a checkpoint is written), for demonstrations.
+    SIGTERM and SIGINT finish the step, save and return. Raises `NonFiniteLoss` (the parameters and
+    all checkpoints stay as they were), `RunError`, `CheckpointError`.
+    """
+    out_dir = Path(out_dir)
+    stage = stage or find_stage(run.stage)
+    if run.init_from is not None:
+        weights = find_weights(run.init_from, out_dir.parent)
+        run = dataclasses.replace(run, init_from=str(weights))
+    with open_mesh(run.parallel) as mesh, _own(out_dir, mesh), _stop_signals() as stop:
+        seed_everything(derive_seed(run.seed, "build"))
+        engine = build_engine(run, stage, mesh)
+        folder = CheckpointFolder(out_dir / "checkpoints", run.keep)
+        messages: list[str] = []
+        start = _restore(run, stage, engine, folder, mesh, resume, messages.append)
+        last = min(run.steps, until or run.steps)
+        monitor = Monitor(
+            out_dir,
+            name=run.name,
+            steps=last,
+            start=start,
+            log_every=run.log_every,
+            leader=mesh.leader,
+            stream=stream,
+        )
+        try:
+            for message in messages:
+                monitor.say(message)
+            step = _loop(run, stage, engine, folder, mesh, monitor, start, last, stop)
+        finally:
+            monitor.close()
+        return Outcome(step=step, stopped=step < last, checkpoint=folder.path(step))
+
+
+def build_engine(run: Run, stage: Stage, mesh: Mesh) -> Engine:
+    """Return the engine that `run.parallel` asks for, around the stage's model."""
+    if run.parallel.megatron:
+        raise RunError("parallel.tp, pp, cp and vpp above 1 need parallel.trunk, not built yet")
+    model = stage.build(run)
+    return PlainEngine(model, run.optimizer(), mesh, precision=run.precision, ema=run.ema)
+
+
+def _loop(
+    run: Run,
+    stage: Stage,
+    engine: Engine,
+    folder: CheckpointFolder,
+    mesh: Mesh,
+    monitor: Monitor,
+    start: int,
+    last: int,
+    stop: Callable[[], bool],
+) -> int:
+    """Do steps start..last-1; return how many are done in all."""
+    engine.model.train()
+    batches = step_batches(run, stage, mesh, start, last)
+    step, saved = start, start if folder.steps() else -1
+    while step < last and not mesh.any(stop()):
+        began = time.monotonic()
+        micros = [_to(batch, mesh.device) for batch in next(batches)]
+        waited = time.monotonic() - began
+        seed_everything(derive_seed(run.seed, "step", step, mesh.data_rank))
+
+        def losses(model: nn.Module, batch: Any, step: int = step) -> dict[str, torch.Tensor]:
+            return stage.losses(model, batch, step)
+
+        report = engine.step(step, micros, losses)
+        samples = sum(size for _, size in stage.micro_batches(run, step)) * mesh.data_size
+        step += 1
+        seconds = time.monotonic() - began
+        facts = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "rate": run.optimizer().scale(step - 1),
+            "samples_per_s": samples / seconds,
+            "seconds": seconds,
+            "data_wait": waited,
+        }
+        monitor.step(step, report.terms, facts)
+        if step % run.save_every == 0 and step < last:
+            save(run, stage, engine, folder, mesh, step)
+            saved = step
+        if run.panel_every and (step % run.panel_every == 0 or step == last) and mesh.leader:
+            _panel(stage, engine.model, monitor, step)
+    if saved != step:
+        save(run, stage, engine, folder, mesh, step)
+    if step < last:
+        monitor.say(f"stopped by a signal after step {step}; saved {folder.path(step)}")
+    return step
+
+
+def save(
+    run: Run, stage: Stage, engine: Engine, folder: CheckpointFolder, mesh: Mesh, step: int
+) -> None:
+    """Publish a checkpoint of step N: weights, optimizer, counters, the run itself."""
+
+    def write(path: Path) -> None:
+        engine.save(path)
+        state = {
+            "step": step,
+            "data_size": mesh.data_size,
+            "run": to_json(run),
+            "stage": stage.state(),
+        }
+        (path / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+
+    if mesh.leader:
+        folder.save(step, write)
+
+
+def _restore(
+    run: Run,
+    stage: Stage,
+    engine: Engine,
+    folder: CheckpointFolder,
+    mesh: Mesh,
+    resume: bool,
+    say: Callable[[str], None],
+) -> int:
+    """Load the newest sound checkpoint; return the step to do next."""
+    if not resume and folder.steps():
+        raise RunError(
+            f"{folder.folder} already holds checkpoints of steps {folder.steps()}; resume, or "
+            "remove them, or choose another folder"
+        )
+
+    def read(path: Path) -> dict[str, Any]:
+        engine.load(path)
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        stage.load_state(state["stage"])
+        return state
+
+    if mesh.leader:
+        folder.clean()
+    found = folder.load(read, say)
+    if found is None:
+        return 0
+    step, state = found
+    new = json.loads(json.dumps(to_json(run)))
+    changed = sorted(k for k in new if new[k] != state["run"].get(k))
+    say(f"resuming after step {step}" + (f"; changed since: {', '.join(changed)}" * bool(changed)))
+    return step
+
+
+def _panel(stage: Stage, model: nn.Module, monitor: Monitor, step: int) -> None:
+    """Let the stage draw with the model in evaluation mode; restore every module's mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        picture = stage.panel(model, step)
+    for module, mode in modes:
+        module.training = mode
+    if picture is not None:
+        monitor.panel(step, picture)
+
+
+class StepDataset(Dataset[list[Any]]):
+    """Item n is the list of micro-batches of step n for one data-parallel rank."""
+
+    def __init__(self, run: Run, stage: Stage, rank: int, ranks: int) -> None:
+        self.run = run
+        self.stage = stage
+        self.rank = rank
+        self.ranks = ranks
+
+    def __getitem__(self, step: int) -> list[Any]:
+        found = []
+        for number, (task, size) in enumerate(self.stage.micro_batches(self.run, step)):
+            micro = Micro(number=number, task=task, size=size, rank=self.rank, ranks=self.ranks)
+            seed_everything(micro.seed(self.run, step))
+            found.append(self.stage.batches(self.run, step, micro))
+        return found
+
+
+def step_batches(
+    run: Run, stage: Stage, mesh: Mesh, start: int, last: int
+) -> Iterator[Sequence[Any]]:
+    """Yield the micro-batches of steps start..last-1, prepared ahead in worker processes."""
+    dataset = StepDataset(run, stage, mesh.data_rank, mesh.data_size)
+    loader: DataLoader[list[Any]] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, last),
+        num_workers=run.workers,
+        prefetch_factor=2 if run.workers else None,
+        worker_init_fn=_ignore_signals,
+        collate_fn=_same,
+    )
+    return iter(loader)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave a signal to the process group to the training process, which finishes its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  (libraries draw from the global state)
+    random.seed(seed)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and SIGINT into a flag while the block runs."""
+    caught: list[int] = []
+
+    def remember(number: int, _frame: types.FrameType | None) -> None:
+        caught.append(number)
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, remember)
+    except ValueError:
+        pass  # not the main thread: whoever started it decides when to stop
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for restored, handler in before.items():
+            signal.signal(restored, handler)
+
+
+@contextmanager
+def _own(out_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """Hold the run folder's lock, so that two trainings never write into one folder."""
+    if not mesh.leader:
+        yield
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / "lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another training is writing to {out_dir}; choose another") from error
+        yield

@@ -1,0 +1,187 @@
+"""A folder of checkpoints that survives kills, full disks and flipped bytes.
+
+`step-N.tmp/` is written and flushed, renamed to `step-N/`, and only then does `latest` name it.
+A manifest holds the SHA-256 of every file and is checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+T = TypeVar("T")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that could not be written or read."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint of another model, run or format."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checkpoint whose files differ from its manifest."""
+
+
+class CheckpointFolder:
+    """Checkpoints of one run; the newest `keep` stay (0 keeps all)."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Published steps, newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(p.name) for p in self.folder.iterdir() if p.is_dir())
+        return sorted((int(m[1]) for m in found if m), reverse=True)
+
+    def path(self, step: int) -> Path:
+        """Folder of one published checkpoint."""
+        return self.folder / f"step-{step}"
+
+    def clean(self) -> None:
+        """Remove what an interrupted save left behind."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.startswith("step-") and path.suffix in (".tmp", ".old"):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Publish what `write(folder)` writes as step N.
+
+        On any failure the unfinished folder is removed, earlier checkpoints stay as they are, and
+        an `OSError` becomes one `CheckpointError` (a full disk says so).
+        """
+        unfinished = self.folder / f"step-{step}.tmp"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            write(unfinished)
+            self.publish(step, unfinished)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(_reason(step, self.folder, error)) from error
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        return self.path(step)
+
+    def publish(self, step: int, unfinished: Path) -> None:
+        """Give a completely written folder its name, point `latest` at it, drop the oldest."""
+        write_manifest(unfinished)
+        final = self.path(step)
+        retired = self.folder / f"step-{step}.old"
+        if final.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+            final.rename(retired)
+        unfinished.rename(final)
+        _flush(self.folder)
+        replace_text(self.folder / "latest", final.name + "\n")
+        shutil.rmtree(retired, ignore_errors=True)
+        if self.keep:
+            for old in self.steps()[self.keep :]:
+                if old != step:
+                    shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def load(self, read: Callable[[Path], T], say: Callable[[str], None]) -> tuple[int, T] | None:
+        """Return (step, `read(folder)`) of the newest sound checkpoint, or None when there is none.
+
+        A damaged one is named through `say` and the one before it is taken. Raises
+        `CheckpointCorrupt` when checkpoints exist and none is sound.
+        """
+        order = self._order()
+        problems = []
+        for step in order:
+            path = self.path(step)
+            try:
+                verify_manifest(path)
+            except CheckpointCorrupt as error:
+                problems.append(str(error))
+                say(f"{error}; trying the checkpoint before it")
+                continue
+            return step, read(path)
+        if problems:
+            raise CheckpointCorrupt(
+                f"none of the {len(problems)} checkpoints in {self.folder} is sound: "
+                f"{'; '.join(problems)}; restore one or start in another folder"
+            )
+        return None
+
+    def _order(self) -> list[int]:
+        steps = self.steps()
+        pointer = self.folder / "latest"
+        named = _NAME.fullmatch(pointer.read_text().strip()) if pointer.is_file() else None
+        first = int(named[1]) if named and int(named[1]) in steps else None
+        if first is None:
+            return steps
+        return [first] + [s for s in steps if s < first] + [s for s in steps if s > first]
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the SHA-256 of every file of `folder` and flush all of it to disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    sums = {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
+    for path in [*files, folder / MANIFEST]:
+        _flush(path)
+    for path in sorted({p.parent for p in files} | {folder}):
+        _flush(path)
+
+
+def verify_manifest(folder: Path) -> None:
+    """Raise `CheckpointCorrupt` naming the first file that differs from the manifest."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        items = [(str(name), str(digest)) for name, digest in sums.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorrupt(f"{folder / MANIFEST} is not readable ({error})") from error
+    for name, digest in items:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointCorrupt(f"{path} is missing")
+        if _sha256(path) != digest:
+            raise CheckpointCorrupt(f"{path} differs from its SHA-256 in {MANIFEST}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(step: int, folder: Path, error: OSError) -> str:
+    kept = "earlier checkpoints are untouched"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no room to save step {step} in {folder} ({error.strerror}); free space; {kept}"
+    return f"could not save step {step} in {folder}: {error}; {kept}"
