@@ -1,0 +1,171 @@
+"""Pictures for people: masks over a picture, before and after, labelled panels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.data.records import Record
+
+# H rows, W columns
+
+Mask = npt.NDArray[np.bool_]
+Colour = tuple[int, int, int]
+
+# Eight hues that stay apart for colour-blind eyes too (Okabe and Ito), brightest first.
+COLOURS: tuple[Colour, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (150, 150, 150),
+)
+PAPER: Colour = (250, 249, 246)
+INK: Colour = (38, 36, 33)
+MIN_SIDE = 384  # smaller pictures are enlarged, without smoothing, so that a person sees the mask
+MAX_SIDE = 1600
+OPACITY = 0.5
+
+
+def overlay(
+    image: Image.Image,
+    masks: Sequence[Mask],
+    captions: Sequence[str] = (),
+    opacity: float = OPACITY,
+) -> Image.Image:
+    """Return the picture with each bool [H, W] mask tinted, outlined and listed below."""
+    scaled = _presentable(image)
+    pixels = np.asarray(scaled, dtype=np.float32)
+    for number, mask in enumerate(masks):
+        colour = np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
+        inside = _resize(mask, scaled.size)
+        width = max(1, round(max(scaled.size) / 250))
+        line, halo = _outline(inside, width), _outline(_grow(inside, width), width)
+        pixels = np.where(inside[..., None], (1 - opacity) * pixels + opacity * colour, pixels)
+        pixels = np.where((halo & ~inside)[..., None], 255.0, pixels)
+        pixels = np.where(line[..., None], colour, pixels)
+    shown = Image.fromarray(pixels.round().astype(np.uint8))
+    return _with_legend(shown, captions) if captions else shown
+
+
+def before_after(
+    before: Image.Image, after: Image.Image, mask: Mask | None = None, title: str = ""
+) -> Image.Image:
+    """Return before, the mask over it (if given) and after, side by side under a title."""
+    panels = [("before", _presentable(before))]
+    if mask is not None:
+        panels.append(("mask", overlay(before, [mask])))
+    return strip([*panels, ("after", _presentable(after))], title)
+
+
+def strip(panels: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
+    """Return captioned pictures side by side, each scaled to the height of the first."""
+    height = panels[0][1].height
+    fitted = [
+        (name, image.resize((max(1, round(image.width * height / image.height)), height)))
+        for name, image in panels
+    ]
+    size = max(14, height // 28)
+    gap, line = size, round(size * 1.6)
+    font = ImageFont.load_default(size)
+    width = sum(image.width for _, image in fitted) + gap * (len(fitted) + 1)
+    top = gap + (line if title else 0)
+    sheet = Image.new("RGB", (width, top + height + line + gap // 2), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((gap, gap // 2), _shorten(title, font, width - 2 * gap), fill=INK, font=font)
+    left = gap
+    for name, image in fitted:
+        sheet.paste(image, (left, top))
+        text = _shorten(name, font, image.width)
+        draw.text((left, top + height + size // 4), text, fill=INK, font=font)
+        left += image.width + gap
+    return sheet
+
+
+def _presentable(image: Image.Image) -> Image.Image:
+    """Scale so that the longer side lies between `MIN_SIDE` and `MAX_SIDE`."""
+    longest = max(image.size)
+    if longest < MIN_SIDE:
+        factor = -(-MIN_SIDE // longest)
+        size = (image.width * factor, image.height * factor)
+        return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    if longest > MAX_SIDE:
+        size = (
+            max(1, round(image.width * MAX_SIDE / longest)),
+            max(1, round(image.height * MAX_SIDE / longest)),
+        )
+        return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    return image.convert("RGB")
+
+
+def _resize(mask: Mask, size: tuple[int, int]) -> Mask:
+    picture = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255)
+    return np.asarray(picture.resize(size, Image.Resampling.NEAREST)) > 127
+
+
+def _grow(mask: Mask, width: int) -> Mask:
+    """Dilate by `width` pixels (city-block distance)."""
+    for _ in range(width):
+        grown = mask.copy()
+        grown[1:] |= mask[:-1]
+        grown[:-1] |= mask[1:]
+        grown[:, 1:] |= mask[:, :-1]
+        grown[:, :-1] |= mask[:, 1:]
+        mask = grown
+    return mask
+
+
+def _outline(mask: Mask, width: int) -> Mask:
+    """The inner border of a mask, `width` pixels wide."""
+    return mask & _grow(~mask, width)
+
+
+def _with_legend(image: Image.Image, captions: Sequence[str]) -> Image.Image:
+    size = max(14, image.width // 32)
+    line = round(size * 1.6)
+    font = ImageFont.load_default(size)
+    sheet = Image.new("RGB", (image.width, image.height + line * len(captions) + size // 2), PAPER)
+    sheet.paste(image, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for number, caption in enumerate(captions):
+        top = image.height + size // 3 + number * line
+        box = (size // 2, top + size // 4, size // 2 + size, top + size // 4 + size)
+        draw.rectangle(box, fill=COLOURS[number % len(COLOURS)], outline=INK)
+        text = _shorten(caption, font, image.width - 3 * size)
+        draw.text((2 * size, top), text, fill=INK, font=font)
+    return sheet
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Cut a text with an ellipsis so that it fits into `width` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def record_panel(record: Record) -> Image.Image:
+    """Return everything a sample holds as one captioned picture."""
+    panels: list[tuple[str, Image.Image]] = []
+    if record.image is not None:
+        image = Image.fromarray(record.image)
+        panels.append(("input", _presentable(image)))
+        if record.regions:
+            panels.append(
+                (f"regions: {', '.join(record.region_kinds)}", overlay(image, record.regions))
+            )
+        if record.masks:
+            panels.append(("masks", overlay(image, record.masks)))
+    if record.target is not None:
+        panels.append(("target", _presentable(Image.fromarray(record.target))))
+    words = [record.text, ", ".join(record.classes), record.answer and f"-> {record.answer}"]
+    return strip(panels, " ".join(filter(None, [f"{record.task}:", *words])))
