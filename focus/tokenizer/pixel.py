@@ -221,7 +221,7 @@ class PixelEncoder(nn.Module):
         x = F.silu(self.norm(self.middle(x, None), None))
         out: Tensor = self.out(x)
         if self.config.residual_sampling:
-            out = out + x.unflatten(1, (self.config.codebook.dim, -1)).mean(2)
+            out = out + x.reshape(x.shape[0], self.config.codebook.dim, -1, *x.shape[2:]).mean(2)
         return out
 
 

@@ -19,7 +19,7 @@ class Quantized(NamedTuple):
     """A quantised batch of vectors."""
 
     codes: Tensor  # [..., d] fp32; the gradient passes straight through to the input
-    index: Tensor  # [...] int64
+    index: Tensor  # type: ignore[assignment]  # [...] int64; hides tuple.index
     loss: Tensor  # scalar fp32
 
 

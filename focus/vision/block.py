@@ -49,8 +49,8 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         )
-        out = self.project(out.transpose(1, 2).reshape(batch, tokens, dim))
-        return out
+        projected: Tensor = self.project(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return projected
 
 
 class MLP(nn.Module):
