@@ -13,19 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from engine.monitor import Monitor
 from engine.run import Run, RunError, derive_seed, to_json
-from engine.stages.stage import Micro, Stage, find_stage, find_weights
+from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
+from focus.batch import Batch
 from parallel.checkpoint import CheckpointFolder
 from parallel.engine import Engine, NonFiniteLoss, PlainEngine
 from parallel.mesh import Mesh, open_mesh
+from parallel.sections import Handover
+
+if TYPE_CHECKING:
+    from focus.model import Front, Heads
 
 __all__ = ["NonFiniteLoss", "Outcome", "train"]
 
@@ -111,12 +116,7 @@ def _loop(
         began = time.monotonic()
         micros = [_to(batch, mesh.device) for batch in next(batches)]
         waited = time.monotonic() - began
-        seed_everything(derive_seed(run.seed, "step", step, mesh.data_rank))
-
-        def losses(model: nn.Module, batch: Any, step: int = step) -> dict[str, torch.Tensor]:
-            return stage.losses(model, batch, step)
-
-        report = engine.step(step, micros, losses)
+        report = engine.step(step, micros, StepWork(run, stage, step, mesh))
         samples = sum(size for _, size in stage.micro_batches(run, step)) * mesh.data_size
         step += 1
         seconds = time.monotonic() - began
@@ -192,6 +192,42 @@ def _restore(
     changed = sorted(k for k in new if new[k] != state["run"].get(k))
     say(f"resuming after step {step}" + (f"; changed since: {', '.join(changed)}" * bool(changed)))
     return step
+
+
+class StepWork:
+    """The stage's share of one step, as engines see it (`parallel.sections.Work`)."""
+
+    def __init__(self, run: Run, stage: Stage, step: int, mesh: Mesh) -> None:
+        self.run = run
+        self.stage = stage
+        self.number = step
+        self.mesh = mesh
+
+    def seed(self, micro: int, section: str) -> None:
+        """Seed by global micro-batch number, so that layouts draw the same numbers."""
+        index = micro * self.mesh.data_size + self.mesh.data_rank
+        seed = derive_seed(self.run.seed, "step", self.number, index)
+        seed_everything(seed if section == "front" else derive_seed(seed, section))
+
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """See `Stage.losses`."""
+        return self.stage.losses(model, batch, self.number)
+
+    def prepare(self, front: Front, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+        """See `SectionStage.prepare`."""
+        return self._sections().prepare(front, batch, self.number)
+
+    def head_losses(self, heads: Heads, state: Handover) -> dict[str, Tensor]:
+        """See `SectionStage.head_losses`."""
+        return self._sections().head_losses(heads, state, self.number)
+
+    def _sections(self) -> SectionStage:
+        if not isinstance(self.stage, SectionStage):
+            raise RunError(
+                f"stage {self.run.stage!r} is not written along the model's sections, so only its "
+                "data can be split; set parallel.tp, pp, cp and vpp to 1"
+            )
+        return self.stage
 
 
 def _panel(stage: Stage, model: nn.Module, monitor: Monitor, step: int) -> None:

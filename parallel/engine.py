@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from parallel.checkpoint import CheckpointMismatch
 from parallel.mesh import Mesh
 from parallel.optimizer import OptimizerConfig, freeze
+from parallel.sections import Work
 from parallel.tensors import read_tensors, unique_tensors, write_tensors
-
-Losses = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -44,7 +43,7 @@ class Engine(Protocol):
 
     model: nn.Module
 
-    def step(self, number: int, batches: Sequence[Any], losses: Losses) -> StepReport:
+    def step(self, number: int, batches: Sequence[Any], work: Work) -> StepReport:
         """Accumulate gradients over the micro-batches and step; raises `NonFiniteLoss`."""
         ...
 
@@ -95,14 +94,15 @@ class PlainEngine:
             {name: p.detach().clone() for name, p in self.learning.items()} if ema else {}
         )
 
-    def step(self, number: int, batches: Sequence[Any], losses: Losses) -> StepReport:
+    def step(self, number: int, batches: Sequence[Any], work: Work) -> StepReport:
         """Accumulate gradients over the micro-batches and step; raises `NonFiniteLoss`."""
         self.optimizer.zero_grad(set_to_none=True)
         weight = 1.0 / len(batches)
         collected: list[dict[str, Tensor]] = []
-        for batch in batches:
+        for micro, batch in enumerate(batches):
+            work.seed(micro, "front")
             with self._autocast():
-                terms = dict(losses(self.model, batch))
+                terms = dict(work.losses(self.model, batch))
             total = sum_terms(terms)
             if total.requires_grad:
                 torch.autograd.backward(total * weight)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.run import Run, RunError, derive_seed
+from focus.batch import Batch
 from parallel.checkpoint import CheckpointFolder, CheckpointMismatch
+from parallel.sections import Handover, TableHead
 from parallel.tensors import read_tensors
+
+if TYPE_CHECKING:
+    from focus.model import Front, Heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +35,14 @@ class Micro:
     rank: int = 0
     ranks: int = 1
 
+    @property
+    def index(self) -> int:
+        """Number among the micro-batches of all ranks; two ranks with one equal one with two."""
+        return self.number * self.ranks + self.rank
+
     def seed(self, run: Run, step: int) -> int:
         """The seed of everything random in this micro-batch."""
-        return derive_seed(run.seed, run.name, step, self.number, self.rank)
+        return derive_seed(run.seed, run.name, step, self.index)
 
     def first_sample(self, run: Run, step: int) -> int:
         """Number of this micro-batch's first sample, counting every step, rank and micro-batch.
@@ -78,6 +88,42 @@ class Stage(Protocol):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` returned."""
         return None
+
+
+class SectionStage(Stage):
+    """A stage of the whole model, written along its sections so that a pipeline can cut it.
+
+    Write `prepare` and `head_losses` instead of `losses`. Everything trainable before the trunk is
+    reached through `Front.encode` and `Front.embed`, which the engine calls.
+    """
+
+    def prepare(self, front: Front, batch: Batch, step: int) -> tuple[Batch, dict[str, Tensor]]:
+        """Return the batch and extra tensors that need the front but no gradient.
+
+        The place to tokenise target pictures; called without gradients where the front lives, and
+        what it returns is sent to the heads.
+        """
+        return batch, {}
+
+    def head_losses(self, heads: Heads, state: Handover, step: int) -> dict[str, Tensor]:
+        """Return the weighted terms of one micro-batch; language losses by `state.language`."""
+
+    def losses(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        """Run the three sections on one process."""
+        whole: Any = model
+        seed = torch.initial_seed()
+        with torch.no_grad():
+            batch, extras = self.prepare(whole.front, batch, step)
+        hidden, features = whole(batch)
+        torch.manual_seed(derive_seed(seed, "heads"))
+        state = Handover(
+            batch=batch,
+            hidden=hidden,
+            maps=None if features is None else features.maps,
+            language=TableHead(whole.heads.lm_head.weight),
+            extras=extras,
+        )
+        return self.head_losses(whole.heads, state, step)
 
 
 def find_stage(name: str) -> Stage:
