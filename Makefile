@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := 2.13.0
 JOBS ?= 2
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 export OMP_NUM_THREADS ?= $(JOBS)
 export TOKENIZERS_PARALLELISM := false
@@ -25,12 +25,13 @@ install: $(STAMP)
 # The CPU build of torch comes first, from wherever it can be had: the configured index, PyTorch's own
 # index, or (macOS) the plain wheel. The constraints then keep it as it is.
 $(STAMP): pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null \
+	@echo "Installing into $(VENV), once; this takes a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null \
 	  || $(PIP) install --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu" 2>/dev/null \
 	  || $(PIP) install "torch==$(TORCH)"
-	$(PIP) install -c constraints.txt "setuptools>=77"
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(PIP) install -c constraints.txt "setuptools>=77"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Mask = npt.NDArray[np.bool_]
 
 # No format that runs a program (EPS) or has no signature (TGA).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB
 MAX_BYTES = 512 << 20
 
@@ -138,7 +138,7 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=_readable())
             _check_size(image.size, path)
             frames = int(getattr(image, "n_frames", 1))
             image.seek(0)
@@ -148,7 +148,7 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PictureError(_too_large(path, "more")) from error
     except UnidentifiedImageError as error:
-        names = ", ".join(FORMATS[:2] + FORMATS[3:7])
+        names = ", ".join(FORMATS[:6])
         raise PictureError(f"{path}: not a picture ({names}, ...)") from error
     except (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError) as error:
         raise PictureError(f"{path}: damaged or truncated picture: {error}") from error
@@ -157,6 +157,12 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
     if frames > 1:
         notes.append(f"{frames} frames, the first is used")
     return image
+
+
+def _readable() -> tuple[str, ...]:
+    """The formats that this build of Pillow can open."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_file(path: Path) -> None:

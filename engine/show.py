@@ -8,8 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.data.records import Record
-
 # H rows, W columns
 
 Mask = npt.NDArray[np.bool_]
@@ -40,7 +38,7 @@ def overlay(
     opacity: float = OPACITY,
 ) -> Image.Image:
     """Return the picture with each bool [H, W] mask tinted, outlined and listed below."""
-    scaled = _presentable(image)
+    scaled = presentable(image)
     pixels = np.asarray(scaled, dtype=np.float32)
     for number, mask in enumerate(masks):
         colour = np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
@@ -58,10 +56,10 @@ def before_after(
     before: Image.Image, after: Image.Image, mask: Mask | None = None, title: str = ""
 ) -> Image.Image:
     """Return before, the mask over it (if given) and after, side by side under a title."""
-    panels = [("before", _presentable(before))]
+    panels = [("before", presentable(before))]
     if mask is not None:
         panels.append(("mask", overlay(before, [mask])))
-    return strip([*panels, ("after", _presentable(after))], title)
+    return strip([*panels, ("after", presentable(after))], title)
 
 
 def strip(panels: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.Image:
@@ -89,7 +87,7 @@ def strip(panels: Sequence[tuple[str, Image.Image]], title: str = "") -> Image.I
     return sheet
 
 
-def _presentable(image: Image.Image) -> Image.Image:
+def presentable(image: Image.Image) -> Image.Image:
     """Scale so that the longer side lies between `MIN_SIDE` and `MAX_SIDE`."""
     longest = max(image.size)
     if longest < MIN_SIDE:
@@ -145,27 +143,9 @@ def _with_legend(image: Image.Image, captions: Sequence[str]) -> Image.Image:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cut a text with an ellipsis so that it fits into `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(text.split())[:400]
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
-
-
-def record_panel(record: Record) -> Image.Image:
-    """Return everything a sample holds as one captioned picture."""
-    panels: list[tuple[str, Image.Image]] = []
-    if record.image is not None:
-        image = Image.fromarray(record.image)
-        panels.append(("input", _presentable(image)))
-        if record.regions:
-            panels.append(
-                (f"regions: {', '.join(record.region_kinds)}", overlay(image, record.regions))
-            )
-        if record.masks:
-            panels.append(("masks", overlay(image, record.masks)))
-    if record.target is not None:
-        panels.append(("target", _presentable(Image.fromarray(record.target))))
-    words = [record.text, ", ".join(record.classes), record.answer and f"-> {record.answer}"]
-    return strip(panels, " ".join(filter(None, [f"{record.task}:", *words])))

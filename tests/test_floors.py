@@ -93,9 +93,9 @@ def kernel_violation(importer: tuple[str, ...], name: str) -> str:
         if operator not in {importer[1]} | SHARED:
             return f"the operator {importer[1]} may not import {name}"
         files = {"reference", "triton", "api"}
-        if operator == importer[1] and importer[2] in files - {"api"} and len(target) > 2:
-            if target[2] in files - {importer[2]}:
-                return f"{importer[2]} and {target[2]} meet in api only"
+        own = operator == importer[1] and len(target) > 2
+        if own and importer[2] in files - {"api"} and target[2] in files - {importer[2]}:
+            return f"{importer[2]} and {target[2]} meet in api only"
     return ""
 
 

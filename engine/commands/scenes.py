@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from engine.commands import options
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from engine.data.records import Record
 
 HELP = "write sample pictures of the built-in world with their truth"
@@ -68,7 +70,6 @@ def write_record(record: Record, args: argparse.Namespace, name: str) -> dict[st
     from PIL import Image
 
     from engine.pictures import write_json, write_mask, write_picture
-    from engine.show import record_panel
 
     def put(suffix: str, picture: Any) -> str:
         return str(write_picture(Image.fromarray(picture), args.out / f"{name}.{suffix}.png"))
@@ -96,3 +97,25 @@ def write_record(record: Record, args: argparse.Namespace, name: str) -> dict[st
     }
     write_json(truth, args.out / f"{name}.json")
     return truth
+
+
+def record_panel(record: Record) -> Image.Image:
+    """Return everything a sample holds as one captioned picture."""
+    from PIL import Image
+
+    from engine.show import overlay, presentable, strip
+
+    panels: list[tuple[str, Image.Image]] = []
+    if record.image is not None:
+        image = Image.fromarray(record.image)
+        panels.append(("input", presentable(image)))
+        if record.regions:
+            panels.append(
+                (f"regions: {', '.join(record.region_kinds)}", overlay(image, record.regions))
+            )
+        if record.masks:
+            panels.append(("masks", overlay(image, record.masks)))
+    if record.target is not None:
+        panels.append(("target", presentable(Image.fromarray(record.target))))
+    words = [record.text, ", ".join(record.classes), record.answer and f"-> {record.answer}"]
+    return strip(panels, " ".join(filter(None, [f"{record.task}:", *words])))

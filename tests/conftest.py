@@ -1,0 +1,25 @@
+"""One thread per test process, no network, and no gpu test without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+for name, value in (
+    ("OMP_NUM_THREADS", "1"),
+    ("HF_HUB_OFFLINE", "1"),
+    ("TOKENIZERS_PARALLELISM", "false"),
+):
+    os.environ.setdefault(name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
