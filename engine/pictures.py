@@ -216,6 +216,8 @@ def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
     if "A" in mode or "a" in mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        if rgba.getextrema()[3] == (255, 255):
+            return rgba.convert("RGB")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         notes.append("transparency laid over white")
         return Image.alpha_composite(white, rgba).convert("RGB")
