@@ -1,4 +1,4 @@
-"""Records that describe an operator: what it computes, who computes it, on which problems it is proven.
+"""Records that describe an operator: what it computes, who computes it, where it is proven.
 
 An operator is a folder. Its `api.py` holds one `Kernel`; `catalog.py` lists it; parity, gradient,
 odd-size and low-precision tests and the benchmark rows are generated from the record.

@@ -26,7 +26,7 @@ def codebook_lookup(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         index int64 [N] and the squared distance fp32 [N]. The index is that of the fp64 argmin.
-        A token that is not finite gives (-1, NaN); a code that is not finite does so to every token.
+        A token that is not finite gives (-1, NaN); a code that is not finite does so to all.
 
     Gradients: the distance differentiates to x and codes.
 

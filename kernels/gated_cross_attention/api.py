@@ -55,7 +55,8 @@ def gated_cross_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
     cast = [t.to(dtype) for t in (query, features, *weights)]
-    return _forward(residual, *cast, gate, num_heads, padding_mask)
+    out: Tensor = _forward(residual, *cast, gate, num_heads, padding_mask)
+    return out
 
 
 def gated_ffn(
@@ -235,7 +236,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     channels, dim = size["channels"], size["dim"]
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
         return values.to(dtype).to(device)
 
     square = {name: normal(dim, dim, scale=dim**-0.5) for name in ("w_q", "w_k", "w_v", "w_o")}

@@ -55,7 +55,7 @@ def mask_attention(
     if torch.is_autocast_enabled(query.device.type):
         query = query.to(torch.get_autocast_dtype(query.device.type))
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return _forward(
+    out: Tensor = _forward(
         query,
         mask.to(dtype),
         key_vectors.to(dtype),
@@ -65,6 +65,7 @@ def mask_attention(
         position == "rope",
         theta,
     )
+    return out
 
 
 def _check(
@@ -237,7 +238,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     heads, dim, masks = size["heads"], size["dim"], size["masks"]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     discs = [
@@ -278,12 +279,12 @@ KERNEL = Kernel(
             name="small",
             sizes={
                 "batch": 2,
-                "heads": 3,
-                "grid": (8, 8),
-                "dim": 16,
-                "masks": 1,
-                "rows": 8,
-                "columns": 8,
+                "heads": 2,
+                "grid": (2, 3),
+                "dim": 8,
+                "masks": 2,
+                "rows": 3,
+                "columns": 5,
             },
         ),
     ),
