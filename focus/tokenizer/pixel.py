@@ -34,10 +34,10 @@ class CodeNorm(nn.Module):
         x = self.norm(x)
         if self.modulate is None:
             return x
-        scale_shift = self.modulate(codes)
-        if scale_shift.shape[-2:] != x.shape[-2:]:
-            scale_shift = F.interpolate(scale_shift, size=x.shape[-2:], mode="nearest")
-        scale, shift = scale_shift.chunk(2, dim=1)
+        scale, shift = self.modulate(codes).chunk(2, dim=1)
+        if scale.shape[-2:] != x.shape[-2:]:
+            scale = F.interpolate(scale, size=x.shape[-2:], mode="nearest")
+            shift = F.interpolate(shift, size=x.shape[-2:], mode="nearest")
         return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
 
 

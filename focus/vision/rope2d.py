@@ -54,9 +54,9 @@ def grid_positions(
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Rotate x [B, S, H, D] by a table of [S, D]; computed in fp32, returned in x's dtype."""
+    """Rotate x [B, S, H, D] by a table of [S, D], in fp32 or wider; returns the dtype of x."""
     cos, sin = table[0][:, None, :], table[1][:, None, :]
-    value = x.float()
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = value.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (value * cos + turned * sin).to(x.dtype)
