@@ -36,9 +36,10 @@ def overlay(
     masks: Sequence[Mask],
     captions: Sequence[str] = (),
     opacity: float = OPACITY,
+    enlarge: bool = True,
 ) -> Image.Image:
     """Return the picture with each bool [H, W] mask tinted, outlined and listed below."""
-    scaled = presentable(image)
+    scaled = presentable(image) if enlarge else image.convert("RGB")
     pixels = np.asarray(scaled, dtype=np.float32)
     for number, mask in enumerate(masks):
         colour = np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)

@@ -1,0 +1,161 @@
+"""`focus demo`: every task on the first unseen scenes, measured, a little training, one page."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.demo_page import Curve, Example, Figure, Section, render
+from engine.demo_sections import SECTIONS, SPLIT
+from engine.pictures import write_bytes, write_json
+
+TRAIN_STEPS = 5
+
+# Key in the evaluation, heading, explanation, goals on (test, test_unseen).
+MEASURES = (
+    ("referring_miou", "Referring", "mean IoU of masks named by a sentence", (0.85, 0.72)),
+    ("interactive_iou.click", "Click", "IoU of the object under a click", (0.85, 0.80)),
+    ("interactive_iou.scribble", "Scribble", "IoU of the object under a stroke", (0.85, 0.80)),
+    ("interactive_iou.box", "Box", "IoU of the object in a box", (0.85, 0.80)),
+    ("interactive_iou.mask", "Mask", "IoU of the object under a rough mask", (0.85, 0.80)),
+    ("class_miou", "By class", "mean IoU over class names", (0.75, 0.60)),
+    ("vqa_accuracy", "Answers", "exact match of the answer", (0.85, 0.70)),
+    ("generation_score", "Drawing", "requested objects with right colour and shape", (0.55, 0.40)),
+    ("editing_success", "Editing", "right inside the mask, untouched outside", (0.55, 0.40)),
+    ("tokenizer_psnr", "Tokenizer", "reconstruction, dB", (24.0, 24.0)),
+)
+SPLITS = ("test", "test_unseen")
+
+Say = Callable[[str], None]
+
+
+def tell(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_demo(
+    model: Any,
+    *,
+    model_name: str,
+    out: Path,
+    seed: int = 0,
+    num: int = 20,
+    train: bool = True,
+    say: Say = tell,
+) -> dict[str, Any]:
+    """Run everything; write `out/index.html` and `out/report.json`; return the report."""
+    start = time.perf_counter()
+    sections = []
+    for number, make in enumerate(SECTIONS, 1):
+        section = make(model, seed)
+        sections.append(section)
+        say(f"[{number}/{len(SECTIONS)}] {section.title}: {summary(section)}")
+    measured = measure(model, seed, num, say)
+    curves = list(train_a_little(out / "training", say)) if train else []
+    seconds = time.perf_counter() - start
+    facts = [
+        ("model", model_name),
+        ("scenes", f"{SPLIT}, seed {seed}"),
+        ("time", f"{seconds:.0f} s"),
+    ]
+    page = render(facts=facts, figures=figures(measured), sections=sections, curves=curves)
+    write_bytes(page.encode(), out / "index.html")
+    report = {
+        "command": "demo",
+        "model": model_name,
+        "split": SPLIT,
+        "seed": seed,
+        "figures": measured,
+        "examples": [describe(example) for section in sections for example in section.examples],
+        "training": [
+            {"run": curve.name, "losses": curve.losses, "seconds": round(curve.seconds, 2)}
+            for curve in curves
+        ],
+        "seconds": round(seconds, 1),
+        "page": str(out / "index.html"),
+    }
+    write_json(report, out / "report.json")
+    return report
+
+
+def describe(example: Example) -> dict[str, Any]:
+    """Return an example without its pictures, for the report."""
+    return {
+        "task": example.task,
+        "kind": example.kind,
+        "instruction": example.instruction,
+        **dict(example.words),
+        **example.figures,
+        "seconds": round(example.seconds, 3),
+    }
+
+
+def summary(section: Section) -> str:
+    """Say how many examples of a section came out well."""
+    judged = [example for example in section.examples if example.badge]
+    good = sum(example.verdict == "good" for example in judged)
+    return f"{good} of {len(judged)} good" if judged else f"{len(section.examples)} pictures"
+
+
+def measure(model: Any, seed: int, num: int, say: Say) -> dict[str, Any]:
+    """Evaluate `num` samples of each task on both test splits."""
+    from engine.evaluate.tasks import evaluate
+
+    measured = {}
+    for split in SPLITS:
+        say(f"measuring {num} samples of each task of {split}")
+        measured[split] = evaluate(model, split=split, seed=seed, num=num, say=lambda _line: None)
+    return measured
+
+
+def figures(measured: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """Turn evaluations by split into the bars of the page."""
+    found = []
+    for key, name, told, goals in MEASURES:
+        values = {split: look_up(measured[split], key) for split in measured}
+        present = {split: value for split, value in values.items() if value is not None}
+        if present:
+            top, unit = (40.0, " dB") if key.endswith("psnr") else (1.0, "")
+            goal = dict(zip(SPLITS, goals, strict=True))
+            figure = Figure(name=name, told=told, values=present, goals=goal, top=top, unit=unit)
+            found.append(figure)
+    return found
+
+
+def look_up(values: Mapping[str, Any], path: str) -> float | None:
+    """Return the number at a dotted path, or None where there is none."""
+    value: Any = values
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def train_a_little(folder: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Curve]:
+    """Train each stage of the sequence `tiny` for a few steps, from random weights."""
+    from engine import runs
+    from engine.run import override
+    from engine.train import train
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in runs.SEQUENCES["tiny"]:
+        run = override(runs.RUNS[name](), "workers=0", "panel_every=0")
+        start = time.perf_counter()
+        train(run, folder / name, until=steps, stream=io.StringIO())
+        seconds = time.perf_counter() - start
+        lines = (folder / name / "log.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
+        losses = tuple(float(line["loss"]) for line in log)
+        speed = sum(line["samples_per_s"] for line in log[1:] or log) / len(log[1:] or log)
+        say(f"trained {name}: {len(log)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+        told = (runs.RUNS[name].__doc__ or "").strip().partition("\n")[0]
+        yield Curve(name=name, told=told, losses=losses, samples_per_second=speed, seconds=seconds)
+    shutil.rmtree(folder, ignore_errors=True)

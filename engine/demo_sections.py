@@ -1,0 +1,266 @@
+"""What `focus demo` shows: for each task the first unseen scenes, asked, answered and judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engine.data.records import REGION_KINDS, Mask, Record, RegionKind, Task
+from engine.demo_page import Example, Section, Shot, Verdict
+from engine.evaluate.metrics import answers_match, edit_succeeds, iou, mean_abs_error, psnr
+from engine.show import overlay
+
+SPLIT = "test_unseen"
+SIZE = 256  # side of the scenes, pixels
+EDITS = ("remove", "replace", "recolour", "move", "background")
+MAX_SEARCH = 200  # scenes looked at to find one of a wanted kind
+
+
+def records(task: Task, seed: int, kind: str | None = None) -> Iterator[Record]:
+    """Yield the unseen samples of a task in order, only those of a finer kind if one is given."""
+    from engine.data.scenes import sample
+
+    for index in range(MAX_SEARCH):
+        record = sample(task, SPLIT, seed, index, SIZE)
+        if kind is None or kind in (record.kind, *record.region_kinds):
+            yield record
+
+
+def first(task: Task, seed: int, number: int, kind: str | None = None) -> list[Record]:
+    """The first `number` samples of a task."""
+    found = records(task, seed, kind)
+    return [record for _, record in zip(range(number), found, strict=False)]
+
+
+def grade(value: float, good: float, fair: float) -> Verdict:
+    """Sort a number into good, fair and poor."""
+    return "good" if value >= good else "fair" if value >= fair else "poor"
+
+
+# ---- segmentation ------------------------------------------------------------------------------
+
+
+def referring(model: Any, seed: int) -> Section:
+    """Referring segmentation."""
+    return Section(
+        name="referring",
+        title="Find what a sentence names",
+        told="The model names what it is about to segment, then draws its mask.",
+        examples=tuple(_segment(model, record) for record in first("referring", seed, 6)),
+    )
+
+
+def reasoning(model: Any, seed: int) -> Section:
+    """Reasoning segmentation."""
+    return Section(
+        name="reasoning",
+        title="Find what a sentence means",
+        told="The sentence describes the object without naming it.",
+        examples=tuple(_segment(model, record) for record in first("reasoning", seed, 4)),
+    )
+
+
+def interactive(model: Any, seed: int) -> Section:
+    """Interactive segmentation, one example of each kind of region."""
+    found = [record for kind in REGION_KINDS for record in first("interactive", seed, 1, kind)]
+    return Section(
+        name="interactive",
+        title="Find what you point at",
+        told="A click, a scribble, a box or a rough mask; no words at all.",
+        examples=tuple(_segment(model, record) for record in found),
+    )
+
+
+def by_class(model: Any, seed: int) -> Section:
+    """Class-based segmentation."""
+    return Section(
+        name="class",
+        title="Find every object of a list",
+        told="Candidate names go in; each found object comes out with the name that fits best.",
+        examples=tuple(_segment(model, record) for record in first("class", seed, 4)),
+    )
+
+
+def _segment(model: Any, record: Record) -> Example:
+    assert record.image is not None
+    image = Image.fromarray(record.image)
+    text = ", ".join(record.classes) if record.task == "class" else record.text or None
+    pointed = [region(m, k) for m, k in zip(record.regions, record.region_kinds, strict=True)]
+    begin = time.perf_counter()
+    result = model.segment(image, text=text, regions=pointed or None, task=record.task)
+    seconds = time.perf_counter() - begin
+    score = _overlap(record, result.masks, result.names)
+    shots = [Shot(caption="picture", frames=(image,))]
+    if record.regions:
+        shown = overlay(image, record.regions, enlarge=False)
+        shots[0] = Shot(caption="picture and " + " and ".join(record.region_kinds), frames=(shown,))
+    shots.append(Shot(caption="found", frames=(overlay(image, result.masks, enlarge=False),)))
+    shots.append(Shot(caption="true", frames=(overlay(image, record.masks, enlarge=False),)))
+    instruction = text or "What is here?"
+    return Example(
+        task=record.task,
+        kind=record.kind or ", ".join(record.region_kinds) or record.task,
+        instruction=instruction,
+        shots=tuple(shots),
+        badge=f"IoU {score:.2f}",
+        verdict=grade(score, 0.8, 0.5),
+        words=(("said", ", ".join(result.names)), ("true", record.answer)),
+        seconds=seconds,
+        figures={"iou": round(score, 4)},
+    )
+
+
+def _overlap(record: Record, masks: list[Mask], names: list[str]) -> float:
+    """Mean IoU over true masks; a class mask must carry the right name."""
+    scores = []
+    for number, (truth, label) in enumerate(zip(record.masks, record.labels, strict=True)):
+        if record.task == "class":
+            named = [m for m, n in zip(masks, names, strict=True) if n == record.classes[label]]
+            scores.append(max((iou(m, truth) for m in named), default=0.0))
+        elif record.task == "interactive":
+            scores.append(iou(masks[number], truth) if number < len(masks) else 0.0)
+        else:
+            whole = np.any(masks, axis=0) if len(masks) else np.zeros_like(truth)
+            scores.append(iou(whole, np.any(record.masks, axis=0)))
+    return float(np.mean(scores)) if scores else 0.0
+
+
+def region(mask: Mask, kind: RegionKind) -> Any:
+    """The region prompt that a person would have given for a record's region mask."""
+    from focus.regions import Box, Click, MaskRegion, Scribble
+
+    rows, columns = np.nonzero(mask)
+    if kind == "click":
+        return Click(float(columns.mean()), float(rows.mean()))
+    if kind == "box":
+        left, top = float(columns.min()), float(rows.min())
+        return Box(left, top, float(columns.max()) + 1, float(rows.max()) + 1)
+    return Scribble(mask) if kind == "scribble" else MaskRegion(mask)
+
+
+# ---- pictures and words ------------------------------------------------------------------------
+
+
+def editing(model: Any, seed: int) -> Section:
+    """Editing, one example of each kind."""
+    found = [record for kind in EDITS for record in first("editing", seed, 1, kind)]
+    return Section(
+        name="editing",
+        title="Change exactly that",
+        told="The predicted mask goes to the diffusion decoder as context, so that the change stays "
+        "where it belongs. Right means: close to the truth inside the mask, untouched outside.",
+        examples=tuple(_edit(model, record, seed) for record in found),
+    )
+
+
+def _edit(model: Any, record: Record, seed: int) -> Example:
+    assert record.image is not None
+    assert record.target is not None
+    image, target = Image.fromarray(record.image), Image.fromarray(record.target)
+    pointed = [region(m, k) for m, k in zip(record.regions, record.region_kinds, strict=True)]
+    begin = time.perf_counter()
+    result = model.edit(image, record.text, region=pointed[0] if pointed else None, seed=seed)
+    seconds = time.perf_counter() - begin
+    changed = np.any(record.masks, axis=0)
+    edited = np.asarray(result.image.convert("RGB"))
+    inside = mean_abs_error(edited, record.target, changed)
+    outside = min(99.0, psnr(edited, record.target, ~changed))
+    right = edit_succeeds(edited, record.target, changed)
+    shots = (
+        Shot(caption="before", frames=(_marked(image, record),)),
+        Shot(caption="mask found", frames=(overlay(image, [result.mask], enlarge=False),)),
+        Shot(caption="after", frames=(result.image,)),
+        Shot(caption="true", frames=(target,)),
+    )
+    return Example(
+        task="editing",
+        kind=record.kind,
+        instruction=record.text.replace("<region>", "[this]"),
+        shots=shots,
+        badge="right" if right else "not right",
+        verdict="good" if right else grade(-inside, -30, -60),
+        words=(("error inside", f"{inside:.0f} of 255"), ("PSNR outside", f"{outside:.1f} dB")),
+        seconds=seconds,
+        figures={
+            "error_inside": round(inside, 2),
+            "psnr_outside": round(outside, 2),
+            "mask_iou": round(iou(result.mask, changed), 4),
+            "success": right,
+        },
+    )
+
+
+def _marked(image: Image.Image, record: Record) -> Image.Image:
+    return overlay(image, record.regions, enlarge=False) if record.regions else image
+
+
+def generation(model: Any, seed: int) -> Section:
+    """Generation from captions."""
+    return Section(
+        name="generation",
+        title="Draw what I say",
+        told="The language model writes visual tokens, the diffusion decoder paints them.",
+        examples=tuple(_generate(model, record, seed) for record in first("generation", seed, 4)),
+    )
+
+
+def _generate(model: Any, record: Record, seed: int) -> Example:
+    assert record.target is not None
+    begin = time.perf_counter()
+    image = model.generate(record.text, seed=seed)
+    seconds = time.perf_counter() - begin
+    return Example(
+        task="generation",
+        kind="generation",
+        instruction=record.text,
+        shots=(
+            Shot(caption="drawn", frames=(image,)),
+            Shot(caption="one of many right answers", frames=(Image.fromarray(record.target),)),
+        ),
+        seconds=seconds,
+    )
+
+
+def answering(model: Any, seed: int) -> Section:
+    """Question answering."""
+    return Section(
+        name="answering",
+        title="Ask",
+        told="Counting, colours, places, comparisons.",
+        examples=tuple(_answer(model, record) for record in first("vqa", seed, 6)),
+    )
+
+
+def _answer(model: Any, record: Record) -> Example:
+    assert record.image is not None
+    image = Image.fromarray(record.image)
+    begin = time.perf_counter()
+    answer = model.chat(image, record.text)
+    seconds = time.perf_counter() - begin
+    right = answers_match(answer, record.answer)
+    return Example(
+        task="vqa",
+        kind=record.kind or "question",
+        instruction=record.text,
+        shots=(Shot(caption="picture", frames=(image,)),),
+        badge="right" if right else "wrong",
+        verdict="good" if right else "poor",
+        words=(("said", answer), ("true", record.answer)),
+        seconds=seconds,
+        figures={"right": right},
+    )
+
+
+SECTIONS: tuple[Callable[[Any, int], Section], ...] = (
+    referring,
+    interactive,
+    editing,
+    reasoning,
+    by_class,
+    answering,
+    generation,
+)
