@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # B batch, T sequence, R regions, P points, N masks, H W picture
 
@@ -62,21 +65,15 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move every tensor; `dtype` converts floating tensors only."""
-        return _map(self, device, dtype)
+        return move(self, device, dtype)
 
 
-def _map(value: Batch, device: torch.device | str, dtype: torch.dtype | None) -> Batch:
-    moved: dict[str, object] = {}
-    for item in dataclasses.fields(value):
-        moved[item.name] = _move(getattr(value, item.name), device, dtype)
-    return dataclasses.replace(value, **moved)  # type: ignore[arg-type]
-
-
-def _move(value: object, device: torch.device | str, dtype: torch.dtype | None) -> object:
+def move(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
+    """Move every tensor of a (nested) dataclass; `dtype` converts floating tensors only."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, Pictures):
-        return Pictures(
-            **{f.name: _move(getattr(value, f.name), device, dtype) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
-        )
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [item.name for item in dataclasses.fields(value)]
+        moved = {name: move(getattr(value, name), device, dtype) for name in names}
+        return dataclasses.replace(value, **moved)
     return value

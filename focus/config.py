@@ -306,8 +306,8 @@ def focus_tiny() -> FocusConfig:
         ),
         pixel=PixelConfig(
             image_size=(64, 64),
-            encoder_channels=32,
-            decoder_channels=48,
+            encoder_channels=24,
+            decoder_channels=32,
             multipliers=(1, 1, 2, 2),
             num_blocks=1,
             attention_levels=(3,),
@@ -346,7 +346,7 @@ def focus_tiny() -> FocusConfig:
             norm_groups=8,
             upscale=1,
             vae=VAEConfig(
-                channels=(32, 48, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0
+                channels=(16, 32, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0
             ),
             num_sizes=1,
         ),

@@ -114,6 +114,7 @@ class SectionStage(Stage):
         seed = torch.initial_seed()
         with torch.no_grad():
             batch, extras = self.prepare(whole.front, batch, step)
+        torch.manual_seed(seed)
         hidden, features = whole(batch)
         torch.manual_seed(derive_seed(seed, "heads"))
         state = Handover(

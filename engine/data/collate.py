@@ -1,0 +1,108 @@
+"""Records to `Batch`: one decode feeds every resolution, one builder writes every sequence."""
+
+# B batch, N masks, R regions, P points, H W picture in the hierarchical encoder's frame
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.data.records import Image, Mask, Record
+from focus import prompts
+from focus.batch import Batch, Pictures
+from focus.config import FocusConfig
+from focus.geometry import letterbox
+from focus.regions import sample_points
+from focus.sequence import collate as join
+from focus.vocabulary import Vocabulary
+
+
+def to_pictures(images: Sequence[Image], config: FocusConfig) -> Pictures:
+    """Letterbox pictures to X_H and derive X_L and the pixel branch's copy from it.
+
+    Pictures that already have X_H's size are taken as they are. RGB in [0, 1].
+    """
+    size = config.hierarchical.image_size
+    high = np.stack([i if i.shape[:2] == size else letterbox(i, size)[0] for i in images])
+    pictures = torch.from_numpy(high).permute(0, 3, 1, 2).float().div_(255.0)
+    return Pictures(
+        vanilla=resize(pictures, config.vanilla.image_size),
+        hierarchical=pictures,
+        pixel=resize(pictures, config.pixel.image_size),
+    )
+
+
+def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resample [B, 3, h, w] with an antialiased bicubic filter; exact halves by averaging."""
+    height, width = pictures.shape[-2:]
+    if (height, width) == size:
+        return pictures
+    if height % size[0] == 0 and width % size[1] == 0:
+        return F.avg_pool2d(pictures, (height // size[0], width // size[1]))
+    return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """Letterbox a mask to `size` with nearest sampling; masks of that size pass unchanged."""
+    if mask.shape == size:
+        return mask
+    fitted = letterbox(np.repeat(mask[..., None].astype(np.uint8) * 255, 3, 2), size, fill=0)[0]
+    return np.asarray(fitted[..., 0] > 127)
+
+
+def collate(
+    records: Sequence[Record], config: FocusConfig, vocabulary: Vocabulary, *, seed: int | None = None
+) -> Batch:
+    """Build one batch of records of one task; `seed` makes region sampling random (None: evenly).
+
+    Raises ValueError when tasks differ.
+    """
+    tasks = {record.task for record in records}
+    if len(tasks) != 1:
+        raise ValueError(f"records of one task expected, got {sorted(tasks)}; batch them by task")
+    sequences = [prompts.build(record, vocabulary, config) for record in records]
+    fields: dict[str, object] = {**join(sequences, pad_id=vocabulary.pad_id)}
+    size = config.hierarchical.image_size
+    images = [record.image for record in records if record.image is not None]
+    if images:
+        fields["pictures"] = to_pictures(images, config)
+    targets = [record.target for record in records if record.target is not None]
+    if targets:
+        fields["target"] = to_pictures(targets, config)
+    if any(record.regions for record in records):
+        fields.update(_region_fields(records, config, seed))
+    if any(record.masks for record in records):
+        fields.update(_mask_fields(records, size))
+    return Batch(task=records[0].task, **fields)  # type: ignore[arg-type]
+
+
+def _region_fields(
+    records: Sequence[Record], config: FocusConfig, seed: int | None
+) -> dict[str, Tensor]:
+    size, points = config.hierarchical.image_size, config.region.num_points
+    most = max(len(record.regions) for record in records)
+    found = np.zeros((len(records), most, points, 2), np.float32)
+    for row, record in enumerate(records):
+        for number, region in enumerate(record.regions):
+            own = None if seed is None else seed + 1009 * row + number
+            found[row, number] = sample_points(fit_mask(region, size), points, own)
+    return {"region_points": torch.from_numpy(found)}
+
+
+def _mask_fields(records: Sequence[Record], size: tuple[int, int]) -> dict[str, Tensor]:
+    most = max(len(record.masks) for record in records)
+    masks: npt.NDArray[np.bool_] = np.zeros((len(records), most, *size), np.bool_)
+    labels = np.full((len(records), most), -1, np.int64)
+    for row, record in enumerate(records):
+        for number, (mask, label) in enumerate(zip(record.masks, record.labels, strict=True)):
+            masks[row, number] = fit_mask(mask, size)
+            labels[row, number] = label
+    fields = {"masks": torch.from_numpy(masks), "mask_labels": torch.from_numpy(labels)}
+    if records[0].task == "editing":
+        fields["edit_mask"] = fields["masks"][:, 0]
+    return fields

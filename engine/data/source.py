@@ -1,0 +1,28 @@
+"""Where a run's records come from: the built-in world, or (from issue "data at scale") shards."""
+
+from __future__ import annotations
+
+import typing
+
+from engine.data.records import Record, Task
+from engine.data.scenes import sample
+from engine.run import Run
+from engine.stages.stage import Micro
+from focus.config import CONFIGS, FocusConfig
+
+
+def config_of(run: Run) -> FocusConfig:
+    """Return the model config that a run names."""
+    return CONFIGS[run.model]()
+
+
+def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
+    """Return the training records of one micro-batch: a pure function of its arguments.
+
+    The data seed is `extra["data_seed"]`, by default the run's own.
+    """
+    task = typing.cast(Task, micro.task)
+    seed = int(run.extra.get("data_seed", run.seed))
+    size = config_of(run).hierarchical.image_size
+    first = micro.first_sample(run, step)
+    return [sample(task, "train", seed, first + i, size) for i in range(micro.size)]

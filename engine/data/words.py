@@ -1,0 +1,56 @@
+"""Words of a run: the built-in world's vocabulary, and text packed for language modelling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.data.scenes import texts
+from focus.batch import IGNORE, Batch, Source
+from focus.config import FocusConfig
+from focus.vocabulary import Vocabulary
+
+TEXT_SIZE = 600  # rows of the built-in world's BPE; its language has some four hundred words
+CORPUS = 20_000
+
+
+@lru_cache(maxsize=4)
+def tiny_vocabulary(config: FocusConfig) -> Vocabulary:
+    """Return the vocabulary of the built-in world, a small BPE that stands in for Qwen's.
+
+    The shipped one when the checkout has it, otherwise trained from the world's training texts.
+    """
+    shipped = Path(__file__).resolve().parents[2] / "assets" / "focus-tiny"
+    if (shipped / "tokenizer.json").is_file():
+        return Vocabulary.load(shipped)
+    return Vocabulary.train(
+        texts("train", 0, CORPUS),
+        TEXT_SIZE,
+        config.semantic.codebook.num_codes,
+        config.pixel.codebook.num_codes,
+    )
+
+
+def pack_texts(lines: Iterable[str], vocabulary: Vocabulary) -> Batch:
+    """Return one text-only batch, a line a row, each closed by the end-of-text id."""
+    encoded = [[*vocabulary.encode(line), vocabulary.eos_id] for line in lines]
+    longest = max(map(len, encoded))
+    ids = np.full((len(encoded), longest), vocabulary.pad_id, np.int64)
+    labels = np.full((len(encoded), longest), IGNORE, np.int64)
+    for row, line in enumerate(encoded):
+        ids[row, : len(line)] = line
+        labels[row, : len(line) - 1] = line[1:]
+    shape = ids.shape
+    return Batch(
+        task="text",
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        source=torch.full(shape, int(Source.TOKEN), dtype=torch.uint8),
+        grid=torch.full((*shape, 3), -1, dtype=torch.int16),
+        condition=torch.full(shape, -1, dtype=torch.int16),
+        lengths=torch.tensor([len(line) for line in encoded]),
+    )

@@ -1,0 +1,187 @@
+"""Every named run: one function each, returned by name. Numbers of training live here only.
+
+`focus_tiny_*` train the shipped model from nothing on two CPU cores, in the order of
+`TINY_SEQUENCE`. Stage 0 stands in for the public checkpoints that full scale imports. Rates are
+larger and steps fewer than the paper's, which start from pretrained parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.run import Run, RunError
+
+Mixture = tuple[tuple[str, int], ...]
+
+# Which parameters each stage trains (Table 6); anything else is frozen.
+PROJECTORS = (
+    "front.fusion.mlp.*",
+    "front.fusion.project.*",
+    "front.pixel_project.*",
+    "front.adapter.*",
+    "front.region_pooler.*",
+    "front.position.*",
+    "front.next_position.*",
+    "front.mask_queries",
+)
+LANGUAGE = ("trunk.*", "front.token_embedding.*", "heads.lm_head.*")
+MASK_DECODER = ("heads.segment.*",)
+MASK_ATTENTION = ("*.attn2.*", "heads.diffusion.mask_projection.*")
+TOKENIZER = ("front.fusion.attention.*", "front.tokenizer.*", "scratch.*")
+
+
+def _rates(rate: float, *groups: tuple[str, ...]) -> dict[str, float]:
+    return {glob: rate for group in groups for glob in group}
+
+
+def focus_tiny_stage0() -> Run:
+    """Encoders, VAE and trunk from nothing, standing in for public checkpoints."""
+    return Run(
+        name="focus_tiny_stage0",
+        stage="foundation",
+        model="focus_tiny",
+        steps=2000,
+        micro_batches=(("dense", 16), ("text", 32)),
+        rates={
+            "scratch.*": 2e-3,
+            "front.vanilla.*": 1e-3,
+            "front.hierarchical.*": 2e-3,
+            "heads.diffusion.vae.*": 2e-3,
+            **_rates(1e-3, LANGUAGE),
+        },
+        schedule="cosine",
+        warmup=100,
+        floor=0.02,
+        precision="bf16",
+        save_every=250,
+        panel_every=0,
+    )
+
+
+def focus_tiny_stage1_tokenizer() -> Run:
+    """Dual tokenizer (stage 1a)."""
+    return Run(
+        name="focus_tiny_stage1_tokenizer",
+        stage="tokenizer",
+        model="focus_tiny",
+        steps=3000,
+        micro_batches=(("vqa", 16),),
+        rates=_rates(1e-3, TOKENIZER),
+        schedule="cosine",
+        warmup=100,
+        floor=0.02,
+        precision="bf16",
+        init_from="focus_tiny_stage0",
+        save_every=250,
+        extra={"gan_channels": 16, "gan_start": 2400, "gan_warm": 2200, "perceptual": 0.1},
+    )
+
+
+def focus_tiny_stage1_diffusion() -> Run:
+    """Diffusion decoder on frozen codes (stage 1b)."""
+    return Run(
+        name="focus_tiny_stage1_diffusion",
+        stage="diffusion",
+        model="focus_tiny",
+        steps=4000,
+        micro_batches=(("vqa", 16),),
+        rates={"heads.diffusion.unet.*": 1e-3},
+        schedule="cosine",
+        warmup=100,
+        floor=0.05,
+        precision="bf16",
+        init_from="focus_tiny_stage1_tokenizer",
+        save_every=250,
+        extra={"measure_latents": True},
+    )
+
+
+def focus_tiny_stage2() -> Run:
+    """Projector warm-up: image to text, everything but projections, adapter and new rows frozen."""
+    return Run(
+        name="focus_tiny_stage2",
+        stage="warmup",
+        model="focus_tiny",
+        steps=200,
+        micro_batches=(("vqa", 32),),
+        rates=_rates(1e-3, PROJECTORS, ("front.token_embedding.*",)),
+        warmup=20,
+        precision="bf16",
+        init_from="focus_tiny_stage1_diffusion",
+        save_every=100,
+        panel_every=0,
+        extra={"segmentation": False},
+    )
+
+
+def focus_tiny_stage3() -> Run:
+    """Multimodal pretraining with segmentation: trunk, adapters and mask decoder."""
+    return Run(
+        name="focus_tiny_stage3",
+        stage="pretrain",
+        model="focus_tiny",
+        steps=6000,
+        micro_batches=(
+            ("vqa", 16),
+            ("referring", 12),
+            ("class", 6),
+            ("interactive", 8),
+            ("generation", 12),
+            ("editing", 10),
+        ),
+        rates=_rates(1e-3, LANGUAGE, PROJECTORS) | _rates(5e-4, MASK_DECODER),
+        schedule="cosine",
+        warmup=200,
+        floor=0.1,
+        precision="bf16",
+        init_from="focus_tiny_stage2",
+        save_every=100,
+        panel_every=250,
+        extra={"edit_token_weight": 3.0},
+    )
+
+
+def focus_tiny_stage4() -> Run:
+    """Instruction tuning for region-controlled editing: plus the decoder's mask attention."""
+    return Run(
+        name="focus_tiny_stage4",
+        stage="instruct",
+        model="focus_tiny",
+        steps=2000,
+        micro_batches=(
+            ("vqa", 12),
+            ("referring", 6),
+            ("reasoning", 6),
+            ("class", 6),
+            ("interactive", 8),
+            ("generation", 12),
+            ("editing", 16),
+        ),
+        rates=_rates(3e-4, MASK_DECODER, MASK_ATTENTION, LANGUAGE, PROJECTORS),
+        schedule="cosine",
+        warmup=50,
+        floor=0.02,
+        precision="bf16",
+        init_from="focus_tiny_stage3",
+        save_every=100,
+        panel_every=250,
+        extra={"edit_token_weight": 3.0, "true_mask": 0.5},
+    )
+
+
+TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
+    focus_tiny_stage0,
+    focus_tiny_stage1_tokenizer,
+    focus_tiny_stage1_diffusion,
+    focus_tiny_stage2,
+    focus_tiny_stage3,
+    focus_tiny_stage4,
+)
+RUNS: dict[str, Callable[[], Run]] = {run.__name__: run for run in TINY_SEQUENCE}
+
+
+def find_run(name: str) -> Run:
+    """Return the run of that name; raises `RunError` that lists the known ones."""
+    if name not in RUNS:
+        raise RunError(f"a run of {', '.join(RUNS)} expected, got {name!r}")
+    return RUNS[name]()

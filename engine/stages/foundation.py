@@ -1,0 +1,71 @@
+"""Stage 0: the parts that the paper takes from public checkpoints, learnt from nothing.
+
+At full scale this stage does not exist: `focus import` brings QwenViT, ConvNeXt, SDXL's VAE and
+Qwen2.5. A model that trains on a laptop without a download needs somebody to play those parts, so
+both encoders learn the world's colours and shapes (factorised, so that pairs held out of training
+stay describable), the VAE learns its pictures and the trunk its language. Later stages treat the
+four exactly as the paper treats the public ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.data.scenes import texts
+from engine.data.words import pack_texts, tiny_vocabulary
+from engine.run import Run
+from engine.stages.dense import DenseBatch, DenseHeads, draw_dense
+from engine.stages.stage import Micro, Stage
+from focus.batch import Batch
+from focus.config import CONFIGS, FocusConfig
+from focus.diffusion.vae import vae_losses
+from focus.losses import language_loss
+from focus.model import FocusModel
+
+
+class FoundationModel(FocusModel):
+    """FOCUS with the throw-away classifiers beside it."""
+
+    def __init__(self, config: FocusConfig) -> None:
+        super().__init__(config)
+        self.scratch = DenseHeads(config)
+
+
+class FoundationStage(Stage):
+    """Micro-batches "dense" (encoders), "latent" (VAE) and "text" (trunk)."""
+
+    def build(self, run: Run) -> nn.Module:
+        """Return a fresh model; nothing is loaded."""
+        return FoundationModel(CONFIGS[run.model]())
+
+    def batches(self, run: Run, step: int, micro: Micro) -> DenseBatch | Batch:
+        """Draw scenes or texts; a pure function of its arguments."""
+        config = CONFIGS[run.model]()
+        first = micro.first_sample(run, step)
+        if micro.task == "text":
+            vocabulary = tiny_vocabulary(config)
+            seed = micro.seed(run, step)
+            return pack_texts(texts("train", seed, micro.size), vocabulary)
+        return draw_dense(config, run.seed, first, micro.size)
+
+    def losses(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        """Return the terms of whichever part the micro-batch trains."""
+        assert isinstance(model, FoundationModel)
+        if isinstance(batch, Batch):
+            hidden, _ = model(batch)
+            table = model.heads.lm_head.weight
+            return {"text": language_loss(hidden, batch.labels, table)}
+        maps = model.front.hierarchical(batch.pictures.hierarchical)
+        terms: dict[str, Tensor] = model.scratch(
+            maps, model.front.vanilla(batch.pictures.vanilla), batch
+        )
+        with torch.autocast("cpu", enabled=False):
+            target = batch.pictures.pixel
+            terms.update(vae_losses(model.heads.diffusion.vae, target))
+        return terms
+
+
+STAGE = FoundationStage

@@ -1,0 +1,192 @@
+"""What stages 2 to 4 share: sequences of every task, their language and segmentation losses."""
+
+# B batch, T sequence, N mask queries, K candidates
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.data.collate import collate
+from engine.data.source import config_of, draw_records
+from engine.data.words import tiny_vocabulary
+from engine.run import Run
+from engine.stages.panel import tile, tint
+from engine.stages.stage import Micro, Stage, load_initial
+from focus.batch import IGNORE, Batch
+from focus.losses import expected_code_loss, language_loss
+from focus.model import CONDITION_KINDS, Features, FocusModel
+from focus.sequence import fill_codes
+from focus.segment.loss import segmentation_losses
+from focus.segment.predictor import Prediction
+from focus.tokenizer.dual import Codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one forward pass gives."""
+
+    batch: Batch
+    codes: Codes | None
+    hidden: Tensor
+    features: Features | None
+    prediction: Prediction | None
+
+
+class MultimodalStage(Stage):
+    """Base of warm-up, pretraining and instruction tuning.
+
+    `extra`: segmentation (bool), visual_weight, edit_token_weight, code_weight.
+    """
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.shown: dict[str, Step] = {}
+
+    def build(self, run: Run) -> nn.Module:
+        """Return the model with the previous stage's weights."""
+        self.run = run
+        model = FocusModel(config_of(run))
+        load_initial(model, run.init_from)
+        return model
+
+    def batches(self, run: Run, step: int, micro: Micro) -> Batch:
+        """Draw one task-homogeneous micro-batch."""
+        config = config_of(run)
+        records = draw_records(run, step, micro)
+        seed = micro.seed(run, step)
+        return collate(records, config, tiny_vocabulary(config), seed=seed)
+
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return language and, when the run asks for it, segmentation terms."""
+        assert isinstance(model, FocusModel) and self.run is not None
+        done = forward(model, batch, segment=bool(self.run.extra.get("segmentation", True)))
+        self.shown[batch.task] = done
+        terms = self.language_terms(model, done)
+        if done.prediction is not None:
+            terms.update(segmentation_terms(model, done))
+        return {f"{batch.task}/{name}": value for name, value in terms.items()}
+
+    def language_terms(self, model: FocusModel, done: Step) -> dict[str, Tensor]:
+        """Next-token cross-entropy, words and visual tokens apart, and the expected-code loss.
+
+        A picture has eighty tokens and an answer five: one mean over both would drown the words.
+        """
+        assert self.run is not None
+        extra, batch = self.run.extra, done.batch
+        table = model.heads.lm_head.weight
+        next_level = F.pad(batch.grid[:, 1:, 0], (0, 1), value=-1)
+        labelled = batch.labels != IGNORE
+        visual = labelled & (next_level >= 0)
+        words = labelled & ~visual & ~self._structural(batch.labels)
+        terms = {}
+        if bool(words.any()):
+            terms["words"] = language_loss(done.hidden, batch.labels.where(words, IGNORE), table)
+        if done.codes is None or not bool(visual.any()):
+            return terms
+        weight = token_weight(batch, float(extra.get("edit_token_weight", 1.0)))
+        for level, name in enumerate(("semantic", "pixel")):
+            here = visual & (next_level == level)
+            terms[name] = float(extra.get("visual_weight", 1.0)) * language_loss(
+                done.hidden, batch.labels.where(here, IGNORE), table, weight
+            )
+        code_weight = float(extra.get("code_weight", 0.1))
+        if code_weight:
+            terms["code"] = code_weight * self._code_loss(model, done, visual & (next_level == 1))
+        return terms
+
+    def _structural(self, labels: Tensor) -> Tensor:
+        """Return which labels are picture structure: the grammar forces them in decoding."""
+        assert self.run is not None
+        vocabulary = tiny_vocabulary(config_of(self.run))
+        first, last = min(vocabulary.structure.values()), vocabulary.semantic_ids.start
+        return (labels >= first) & (labels < last)
+
+    def _code_loss(self, model: FocusModel, done: Step, where: Tensor) -> Tensor:
+        assert self.run is not None
+        vocabulary = tiny_vocabulary(model.config)
+        rows = vocabulary.pixel_ids
+        quantiser = model.front.tokenizer.pixel_codes
+        count = torch.arange(rows.stop - rows.start, device=where.device)
+        return expected_code_loss(
+            done.hidden[where],
+            done.batch.labels[where] - rows.start,
+            model.heads.lm_head.weight[rows],
+            quantiser.lookup(count).detach(),
+        )
+
+    def panel(self, model: nn.Module, step: int) -> npt.NDArray[np.uint8] | None:
+        """Draw pictures, true masks and predicted masks of each segmentation task."""
+        rows = []
+        for done in self.shown.values():
+            pictures, masks = done.batch.pictures, done.batch.masks
+            if done.prediction is None or pictures is None or masks is None:
+                continue
+            shown = pictures.hierarchical[:6]
+            truth = (masks & (done.batch.mask_labels >= 0)[..., None, None]).any(1)[:6]  # type: ignore[operator]
+            guess = best_mask(done.prediction)[:6]
+            rows += [tint(shown, truth), tint(shown, resize_masks(guess, shown.shape[-2:]))]
+        return tile(rows) if rows else None
+
+
+def forward(model: FocusModel, batch: Batch, *, segment: bool) -> Step:
+    """Run front and trunk, fill in the target's codes, and predict masks where there are any."""
+    codes = None
+    if batch.target is not None:
+        codes = model.front.tokenize(batch.target)
+        batch = fill_codes(batch, codes, tiny_vocabulary(model.config))
+    hidden, features = model(batch)
+    prediction = None
+    if segment and batch.task in CONDITION_KINDS and batch.masks is not None:
+        assert features is not None
+        prediction = model.heads.predict_masks(hidden, batch, features.maps)
+    return Step(batch=batch, codes=codes, hidden=hidden, features=features, prediction=prediction)
+
+
+def segmentation_terms(model: FocusModel, done: Step) -> dict[str, Tensor]:
+    """Return the weighted score, BCE and Dice terms (facts section 8)."""
+    batch = done.batch
+    assert done.prediction is not None
+    assert batch.masks is not None and batch.mask_labels is not None
+    assert batch.num_conditions is not None
+    return segmentation_losses(
+        done.prediction,
+        batch.masks,
+        batch.mask_labels,
+        batch.num_conditions,
+        CONDITION_KINDS[batch.task],
+        num_points=model.config.segment.num_points,
+    )
+
+
+def token_weight(batch: Batch, inside: float) -> Tensor:
+    """Weight [B, T] of each label: `inside` for visual tokens under the edit mask, 1 elsewhere."""
+    weight = torch.ones(batch.labels.shape, device=batch.labels.device)
+    if batch.edit_mask is None or inside == 1.0:
+        return weight
+    following = F.pad(batch.grid[:, 1:], (0, 0, 0, 1), value=-1).long()
+    for level in (0, 1):
+        here = following[..., 0] == level
+        rows, columns = (int(following[..., axis][here].max()) + 1 for axis in (1, 2))
+        under = F.adaptive_max_pool2d(batch.edit_mask[:, None].float(), (rows, columns))[:, 0]
+        cell = (following[..., 1] * columns + following[..., 2]).clamp(0, rows * columns - 1)
+        share = under.flatten(1).gather(1, cell)
+        weight = torch.where(here, 1 + (inside - 1) * share, weight)
+    return weight
+
+
+def best_mask(prediction: Prediction) -> Tensor:
+    """Return the probability mask [B, h, w] of the query with the best score of candidate 0."""
+    best = prediction.scores[..., 0].argmax(1)
+    return prediction.masks[torch.arange(len(best)), best].sigmoid()
+
+
+def resize_masks(masks: Tensor, size: Any) -> Tensor:
+    """Resample probability masks [B, h, w] bilinearly to `size`."""
+    return F.interpolate(masks[:, None].float(), tuple(size), mode="bilinear")[:, 0]

@@ -1,0 +1,53 @@
+"""Losses that belong to the language model: next token, and expected code (facts of stage 3)."""
+
+# B batch, T sequence, V vocabulary, d code width
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focus.batch import IGNORE
+
+CHUNK = 4096  # positions whose logits exist at once: 283 k logits of a long batch never do
+
+
+def language_loss(hidden: Tensor, labels: Tensor, table: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean next-token cross-entropy over labelled positions.
+
+    hidden [B, T, D], labels [B, T] already shifted (IGNORE carries no loss), table [V, D].
+    weight [B, T] scales positions; the mean is over the weights. Zero when nothing is labelled.
+    Logits are computed for labelled positions only, `CHUNK` at a time, in fp32.
+    """
+    where = labels != IGNORE
+    states, targets = hidden[where], labels[where]
+    if targets.numel() == 0:
+        return hidden.sum() * 0.0
+    scale = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[where].float()
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for state, target, part in zip(
+        states.split(CHUNK), targets.split(CHUNK), scale.split(CHUNK), strict=True
+    ):
+        loss = F.cross_entropy(F.linear(state, table).float(), target, reduction="none")
+        total = total + (loss * part).sum()
+    return total / scale.sum().clamp(min=1e-6)
+
+
+def expected_code_loss(
+    hidden: Tensor, index: Tensor, table: Tensor, codes: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """MSE between the expected code under the predicted distribution and the true code.
+
+    sum_k p_k c_k against c_index, where p is the softmax over one level's visual tokens: our
+    reading of "visual reconstruction losses using precomputed features" (paper, appendix B).
+    hidden [n, D] states that predict visual tokens of one level, index [n], table [V_level, D],
+    codes [V_level, d].
+    """
+    if index.numel() == 0:
+        return hidden.sum() * 0.0
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for state, target in zip(hidden.split(CHUNK), index.split(CHUNK), strict=True):
+        p = F.softmax(F.linear(state, table).float() / temperature, dim=-1)
+        total = total + (p @ codes.float() - codes[target].float()).square().mean(-1).sum()
+    return total / index.numel()
