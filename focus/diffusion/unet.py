@@ -103,7 +103,9 @@ def mask_attentions(unet: nn.Module) -> list[MaskAttention]:
     return [module for module in unet.modules() if isinstance(module, MaskAttention)]
 
 
-def size_condition(size_index: Tensor, config: DiffusionConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def size_condition(
+    size_index: Tensor, config: DiffusionConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """SDXL's added conditions for bucket numbers [B]: zeros for text, the number as last time id."""
     ids = torch.zeros(size_index.shape[0], NUM_TIME_IDS, device=size_index.device, dtype=dtype)
     ids = torch.cat([ids[:, :-1], size_index[:, None].to(dtype)], dim=1)

@@ -62,32 +62,6 @@ class LatentAutoencoder(nn.Module):
         decoded: Tensor = self.model.decode(latents, return_dict=False)[0]
         return decoded * 0.5 + 0.5
 
-    def loss(
-        self,
-        images: Tensor,
-        *,
-        kl_weight: float = 1e-6,
-        perceptual: Perceptual | None = None,
-        perceptual_weight: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Losses that train the autoencoder from nothing.
-
-            L = |x^ - x|_1 + kl_weight KL(q(z|x) || N(0, 1)) + perceptual_weight d(x^, x)
-
-        L1 in [0, 1] units (mean), KL summed over latents and divided by the number of pixels'
-        values. Returns weighted fp32 scalars "l1", "kl", "perceptual" (when given).
-        """
-        posterior = self.model.encode(images * 2.0 - 1.0).latent_dist
-        decoded = self.model.decode(posterior.sample(generator), return_dict=False)[0] * 0.5 + 0.5
-        losses = {
-            "l1": F.l1_loss(decoded.float(), images.float()),
-            "kl": kl_weight * posterior.kl().float().sum() / images[:, 0].numel(),
-        }
-        if perceptual is not None:
-            losses["perceptual"] = perceptual_weight * perceptual(decoded, images)
-        return losses
-
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
         """Set `shift` and `scale` from the latents of a batch, so that they have unit variance."""
@@ -98,3 +72,31 @@ class LatentAutoencoder(nn.Module):
     @staticmethod
     def _axis(values: Tensor) -> Tensor:
         return values[None, :, None, None]
+
+
+def vae_losses(
+    vae: LatentAutoencoder,
+    images: Tensor,
+    *,
+    kl_weight: float = 1e-6,
+    perceptual: Perceptual | None = None,
+    perceptual_weight: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Losses that train the autoencoder from nothing.
+
+        L = |x^ - x|_1 + kl_weight KL(q(z|x) || N(0, 1)) + perceptual_weight d(x^, x)
+
+    images: [B, 3, H, W] in [0, 1]. L1 is the mean in [0, 1] units, KL summed over latents and
+    divided by the number of pixels. Returns weighted fp32 scalars "l1", "kl" and, when the distance
+    is given, "perceptual".
+    """
+    posterior = vae.model.encode(images * 2.0 - 1.0).latent_dist
+    decoded = vae.model.decode(posterior.sample(generator), return_dict=False)[0] * 0.5 + 0.5
+    losses = {
+        "l1": F.l1_loss(decoded.float(), images.float()),
+        "kl": kl_weight * posterior.kl().float().sum() / images[:, 0].numel(),
+    }
+    if perceptual is not None:
+        losses["perceptual"] = perceptual_weight * perceptual(decoded, images)
+    return losses
