@@ -141,8 +141,8 @@ def _figures(figures: Sequence[Figure]) -> str:
             f"{''.join(bars)}</div>"
         )
     return (
-        '<section id="figures"><h2>Measured</h2><p class="told">Against exact ground truth, by rules '
-        "on pixels and words: no learned judge. The mark on a bar is the goal. "
+        '<section id="figures"><h2>Measured</h2><p class="told">Against exact ground truth, '
+        "by rules on pixels and words: no learned judge. The mark on a bar is the goal. "
         "<code>focus evaluate</code> measures more samples.</p>"
         f'<div class="tiles">{"".join(tiles)}</div></section>'
     )
@@ -150,9 +150,10 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 def _section(section: Section) -> str:
     cards = "".join(map(_card, section.examples))
+    widest = max((len(example.shots) for example in section.examples), default=1)
     return (
         f'<section id="{escape(section.name)}"><h2>{escape(section.title)}</h2>'
-        f'<p class="told">{escape(section.told)}</p><div class="cards">{cards}</div></section>'
+        f'<p class="told">{escape(section.told)}</p><div class="cards w{min(widest, 3)}">{cards}</div></section>'
     )
 
 
@@ -169,7 +170,7 @@ def _card(example: Example) -> str:
     )
     badge = f'<span class="badge {example.verdict}">{escape(example.badge)}</span>'
     return (
-        f'<article class="n{len(example.shots)}"><div class="top">'
+        f'<article><div class="top">'
         f'<span class="kind">{escape(example.kind)}</span>{badge if example.badge else ""}'
         f"</div><blockquote>{escape(example.instruction)}</blockquote>"
         f'<div class="shots">{shots}</div>{f"<dl>{words}</dl>" if words else ""}'

@@ -12,7 +12,7 @@ from PIL import Image
 from engine.data.records import REGION_KINDS, Mask, Record, RegionKind, Task
 from engine.demo_page import Example, Section, Shot, Verdict
 from engine.evaluate.metrics import answers_match, edit_succeeds, iou, mean_abs_error, psnr
-from engine.show import overlay
+from engine.show import overlay, spotlight
 
 SPLIT = "test_unseen"
 SIZE = 256  # side of the scenes, pixels
@@ -98,8 +98,8 @@ def _segment(model: Any, record: Record) -> Example:
     if record.regions:
         shown = overlay(image, record.regions, enlarge=False)
         shots[0] = Shot(caption="picture and " + " and ".join(record.region_kinds), frames=(shown,))
-    shots.append(Shot(caption="found", frames=(overlay(image, result.masks, enlarge=False),)))
-    shots.append(Shot(caption="true", frames=(overlay(image, record.masks, enlarge=False),)))
+    shots.append(Shot(caption="found", frames=(spotlight(image, result.masks),)))
+    shots.append(Shot(caption="true", frames=(spotlight(image, record.masks),)))
     instruction = text or "What is here?"
     return Example(
         task=record.task,
@@ -151,8 +151,8 @@ def editing(model: Any, seed: int) -> Section:
     return Section(
         name="editing",
         title="Change exactly that",
-        told="The predicted mask goes to the diffusion decoder as context, so that the change stays "
-        "where it belongs. Right means: close to the truth inside the mask, untouched outside.",
+        told="The predicted mask goes to the diffusion decoder as context, so that the change "
+        "stays where it belongs. Right: close to the truth inside the mask, untouched outside.",
         examples=tuple(_edit(model, record, seed) for record in found),
     )
 
@@ -172,7 +172,7 @@ def _edit(model: Any, record: Record, seed: int) -> Example:
     right = edit_succeeds(edited, record.target, changed)
     shots = (
         Shot(caption="before", frames=(_marked(image, record),)),
-        Shot(caption="mask found", frames=(overlay(image, [result.mask], enlarge=False),)),
+        Shot(caption="mask found", frames=(spotlight(image, [result.mask]),)),
         Shot(caption="after", frames=(result.image,)),
         Shot(caption="true", frames=(target,)),
     )

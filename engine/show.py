@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 # H rows, W columns
 
 Mask = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.float32]
 Colour = tuple[int, int, int]
 
 # Eight hues that stay apart for colour-blind eyes too (Okabe and Ito), brightest first.
@@ -44,13 +45,22 @@ def overlay(
     for number, mask in enumerate(masks):
         colour = np.asarray(COLOURS[number % len(COLOURS)], dtype=np.float32)
         inside = _resize(mask, scaled.size)
-        width = max(1, round(max(scaled.size) / 250))
-        line, halo = _outline(inside, width), _outline(_grow(inside, width), width)
         pixels = np.where(inside[..., None], (1 - opacity) * pixels + opacity * colour, pixels)
-        pixels = np.where((halo & ~inside)[..., None], 255.0, pixels)
-        pixels = np.where(line[..., None], colour, pixels)
+        pixels = _draw_outline(pixels, inside, colour)
     shown = Image.fromarray(pixels.round().astype(np.uint8))
     return _with_legend(shown, captions) if captions else shown
+
+
+def spotlight(image: Image.Image, masks: Sequence[Mask]) -> Image.Image:
+    """Return the picture with the masks in their own colours, outlined, and the rest faded."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    inside = np.any(masks, axis=0) if len(masks) else np.zeros(pixels.shape[:2], dtype=bool)
+    grey = pixels.mean(axis=2, keepdims=True)
+    faded = 0.25 * (0.4 * pixels + 0.6 * grey) + 0.75 * np.asarray(PAPER, dtype=np.float32)
+    pixels = np.where(inside[..., None], pixels, faded)
+    for mask in masks:
+        pixels = _draw_outline(pixels, mask, np.asarray(INK, dtype=np.float32))
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def before_after(
@@ -59,7 +69,7 @@ def before_after(
     """Return before, the mask over it (if given) and after, side by side under a title."""
     panels = [("before", presentable(before))]
     if mask is not None:
-        panels.append(("mask", overlay(before, [mask])))
+        panels.append(("mask", presentable(spotlight(before, [mask]))))
     return strip([*panels, ("after", presentable(after))], title)
 
 
@@ -124,6 +134,14 @@ def _grow(mask: Mask, width: int) -> Mask:
 def _outline(mask: Mask, width: int) -> Mask:
     """The inner border of a mask, `width` pixels wide."""
     return mask & _grow(~mask, width)
+
+
+def _draw_outline(pixels: Pixels, inside: Mask, colour: Pixels) -> Pixels:
+    """Draw the border of a mask in its colour, with a white halo around it."""
+    width = max(1, round(max(inside.shape) / 250))
+    halo = _outline(_grow(inside, width), width) & ~inside
+    pixels = np.where(halo[..., None], np.float32(255), pixels)
+    return np.where(_outline(inside, width)[..., None], colour, pixels)
 
 
 def _with_legend(image: Image.Image, captions: Sequence[str]) -> Image.Image:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.show import COLOURS, MAX_SIDE, MIN_SIDE, before_after, overlay, presentable, strip
+from engine.show import (
+    COLOURS,
+    MAX_SIDE,
+    MIN_SIDE,
+    before_after,
+    overlay,
+    presentable,
+    spotlight,
+    strip,
+)
 
 
 def square(side: int = 64) -> tuple[Image.Image, np.ndarray]:
@@ -51,6 +60,15 @@ def test_overlay_adds_one_line_per_caption() -> None:
     np.testing.assert_array_equal(np.asarray(bare), np.asarray(one)[: bare.height])
 
 
+def test_spotlight_keeps_the_mask_and_fades_the_rest() -> None:
+    image, mask = square()
+    found = np.asarray(spotlight(image, [mask]))
+    assert found.shape == (64, 64, 3)
+    assert found[24, 24].tolist() == [20, 20, 20]
+    assert found[60, 60].min() > 180
+    assert np.asarray(spotlight(image, []))[24, 24].min() > 180
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -70,7 +88,8 @@ def test_before_after_shows_both_pictures() -> None:
     sheet = np.asarray(before_after(image, Image.new("RGB", (64, 64), (0, 99, 0)), mask, "t" * 999))
     flat = sheet.reshape(-1, 3)
     assert (flat == (0, 99, 0)).all(1).sum() == 384 * 384
-    assert (flat == (20, 20, 20)).all(1).sum() > 384 * 384
+    inside_mask_and_before = (flat == (20, 20, 20)).all(1).sum()
+    assert 384 * 384 < inside_mask_and_before < 1.1 * 384 * 384
     assert sheet.shape[1] > 3 * 384
 
 
