@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _draw(points: Sequence[tuple[float, float]], size: tuple[int, int], radius: 
     """Draw a polyline of discs; one point is one disc."""
     thin: Bitmap = np.zeros(size, np.bool_)
     path = [np.asarray(points[:1], np.float64)]
-    for start, end in zip(points[:-1], points[1:], strict=True):
+    for start, end in itertools.pairwise(points):
         steps = max(1, math.ceil(2 * math.dist(start, end)))
         path.append(np.linspace(start, end, steps + 1)[1:])
     x, y = np.concatenate(path).astype(np.int64).T

@@ -58,7 +58,7 @@ class MaskAttention(nn.Module):
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_k = nn.Linear(context_dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim, inner, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
+        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(0.0))
 
     def forward(
         self,
@@ -71,8 +71,9 @@ class MaskAttention(nn.Module):
         `attention_mask` exists for diffusers' calling convention and must stay None.
         """
         if encoder_hidden_states is None:
-            bias: Tensor = self.to_out[0].bias
-            return bias.to(hidden_states.dtype).expand_as(hidden_states)
+            inner = self.to_q.out_features
+            projected: Tensor = self.to_out(hidden_states.new_zeros(1, 1, inner))
+            return projected.expand_as(hidden_states)
         context = encoder_hidden_states
         batch, num_queries, _ = hidden_states.shape
         query = self.to_q(hidden_states).view(batch, num_queries, self.num_heads, self.head_dim)
@@ -87,7 +88,7 @@ class MaskAttention(nn.Module):
             self.position,
         )
         out = out.transpose(1, 2).reshape(batch, num_queries, -1)
-        projected: Tensor = self.to_out[0](out.to(hidden_states.dtype))
+        projected = self.to_out(out.to(hidden_states.dtype))
         return projected
 
     def _fold(self, layer: nn.Module, projection: Tensor) -> Tensor:
@@ -105,8 +106,8 @@ def mask_context(
 ) -> MaskContext:
     """Bring a mask [B, M, H, W] in [0, 1] to the latent grid and pool it to every level's grid.
 
-    Pooling is by area, so a cell holds the share of it that the mask covers. `grid="full"` keeps the
-    latent grid at every level. Differentiable in the mask.
+    Pooling is by area, so a cell holds the share of it that the mask covers. `grid="full"` keeps
+    the latent grid at every level. Differentiable in the mask.
     """
     height, width = latent_size
     base = resize_area(mask, latent_size)

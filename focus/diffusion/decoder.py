@@ -65,7 +65,8 @@ class DiffusionDecoder(nn.Module):
         self.vae = LatentAutoencoder(config.vae)
         self.mask_projection = nn.Linear(config.num_masks, config.context_dim, bias=False)
         nn.init.zeros_(self.mask_projection.weight)
-        self.noise_schedule = training_scheduler(config)
+        with torch.device("cpu"):  # a table, not a weight: real even where the model is on meta
+            self.noise_schedule = training_scheduler(config)
 
     def loss(
         self,
@@ -80,10 +81,11 @@ class DiffusionDecoder(nn.Module):
     ) -> Tensor:
         """Mean squared error of the predicted noise (or velocity), a fp32 scalar.
 
-        codes: [B, K, hp, wp] merged codes of the target. images: [B, 3, H, W] in [0, 1], the target;
-        or its standardised `latents` [B, L, h, w]. mask: [B, M, H', W'] in [0, 1] or bool; None is a
-        mask of zeros. size_index: [B] bucket numbers (default 0). Differentiable in codes and mask;
-        the autoencoder gets no gradient. Raises `DiffusionError` on shapes that do not fit.
+        codes: [B, K, hp, wp] merged codes of the target. images: [B, 3, H, W] in [0, 1], the
+        target; or its standardised `latents` [B, L, h, w]. mask: [B, M, H', W'] in [0, 1] or bool;
+        None is a mask of zeros. size_index: [B] bucket numbers (default 0). Differentiable in codes
+        and mask; the autoencoder gets no gradient.
+        Raises `DiffusionError` on shapes that do not fit.
         """
         if latents is None:
             if images is None:

@@ -76,7 +76,7 @@ def build_scheduler(name: str, config: DiffusionConfig) -> SchedulerMixin:
     base = DDPMScheduler(**schedule(config), clip_sample=False, timestep_spacing="trailing")
     settings = {k: v for k, v in base.config.items() if not k.startswith("_")}
     settings.update(set_alpha_to_one=False)
-    scheduler: SchedulerMixin = cls.from_config(settings)
+    scheduler: SchedulerMixin = cls.from_config(settings)  # type: ignore[attr-defined]
     return scheduler
 
 
@@ -130,7 +130,8 @@ def _blend(
     source = blend.latents
     if len(following):
         source = scheduler.add_noise(source, noise, following.expand(len(source)))
-    return blend.mask * latents + (1.0 - blend.mask) * source.to(latents.dtype)
+    blended: Tensor = blend.mask * latents + (1.0 - blend.mask) * source.to(latents.dtype)
+    return blended
 
 
 def _extra(scheduler: SchedulerMixin, generator: torch.Generator | None) -> dict[str, Any]:

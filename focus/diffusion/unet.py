@@ -106,7 +106,7 @@ def mask_attentions(unet: nn.Module) -> list[MaskAttention]:
 def size_condition(
     size_index: Tensor, config: DiffusionConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """SDXL's added conditions for bucket numbers [B]: zeros for text, the number as last time id."""
+    """SDXL's added conditions for bucket numbers [B]: no text, the number as last time id."""
     ids = torch.zeros(size_index.shape[0], NUM_TIME_IDS, device=size_index.device, dtype=dtype)
     ids = torch.cat([ids[:, :-1], size_index[:, None].to(dtype)], dim=1)
     text = ids.new_zeros(size_index.shape[0], text_dim(config))

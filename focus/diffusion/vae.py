@@ -54,7 +54,8 @@ class LatentAutoencoder(nn.Module):
         """Standardised latents: the posterior's mean, or a sample of it."""
         posterior = self.model.encode(images * 2.0 - 1.0).latent_dist
         latents = posterior.sample(generator) if sample else posterior.mode()
-        return (latents - self._axis(self.shift)) * self._axis(self.scale)
+        standard: Tensor = (latents - self._axis(self.shift)) * self._axis(self.scale)
+        return standard
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in the [0, 1] scale, not clamped."""

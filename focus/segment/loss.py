@@ -1,4 +1,4 @@
-"""Losses of the segmentation predictor: scores, point-sampled cross-entropy and Dice, all layers."""
+"""Losses of the segmentation predictor: scores, point-sampled cross-entropy and Dice."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _score_targets(
 def _score_loss(
     scores: Tensor, target: Tensor, num_conditions: Tensor, kind: Kind, weights: LossWeights
 ) -> Tensor:
-    """Cross-entropy over candidates, or binary cross-entropy with balanced positives; sum over sets.
+    """Cross-entropy over candidates, or balanced binary cross-entropy; summed over sets.
 
     For text and regions pos_weight = (n - n_pos) / n_pos over all real (query, candidate) pairs.
     """
@@ -183,7 +183,7 @@ def uncertain_points(
     num_uncertain = int(num_points * IMPORTANCE)
     shape = (count, num_candidates + num_points - num_uncertain, 2)
     points = torch.rand(shape, device=logits.device, generator=generator)
-    candidates, uniform = points.split([num_candidates, num_points - num_uncertain], dim=1)
+    candidates, uniform = points[:, :num_candidates], points[:, num_candidates:]
     uncertainty = -sample_at(logits, candidates)[:, 0].abs()
     index = uncertainty.topk(num_uncertain, dim=1).indices
     kept = candidates.gather(1, index[..., None].expand(-1, -1, 2))
