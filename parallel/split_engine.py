@@ -1,0 +1,318 @@
+"""The engine for models that no single process holds: megatron-core's schedules and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from focus.batch import Batch
+from parallel import cpu
+from parallel.engine import NonFiniteLoss, StepReport, sum_terms
+from parallel.layout import MeshError, ParallelConfig
+from parallel.mesh import Mesh
+from parallel.optimizer import OptimizerConfig, RateError, freeze, rate_of
+from parallel.sections import Work
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402  (after cpu.install)
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.optimizer import OptimizerConfig as AdamConfig  # noqa: E402
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.optimizer.optimizer_config import (  # noqa: E402
+    ParamKey,
+    ParamWithNamePredicate,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+from parallel.model import SplitModel  # noqa: E402
+from parallel.spec import transformer_config  # noqa: E402
+
+
+def open_megatron(layout: ParallelConfig, mesh: Mesh, seed: int) -> None:
+    """Create megatron-core's process groups over the open process group."""
+    if parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+    )
+    model_parallel_cuda_manual_seed(seed % 2**31)
+    assert parallel_state.get_data_parallel_rank() == mesh.data_rank
+
+
+class SplitEngine:
+    """Tensor, pipeline, sequence, context and data parallel training of a `FocusModel`.
+
+    `whole` is the single-device model with its weights loaded; every rank keeps its shares of it.
+    Learning rates are given by the single-device parameter names.
+    """
+
+    def __init__(
+        self,
+        whole: nn.Module,
+        config: OptimizerConfig,
+        layout: ParallelConfig,
+        mesh: Mesh,
+        *,
+        precision: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        if not all(hasattr(whole, part) for part in ("front", "trunk", "heads", "config")):
+            raise MeshError(
+                f"tp, pp, cp and vpp split a model of front, trunk and heads, got "
+                f"{type(whole).__name__}; set them to 1 for this stage"
+            )
+        self.config = config
+        self.layout = layout
+        self.mesh = mesh
+        bf16 = precision == "bf16"
+        llm: Any = whole.config.llm  # type: ignore[union-attr]
+        self.megatron = transformer_config(llm, layout, bf16=bf16)
+        open_megatron(layout, mesh, seed)
+        whole.to(mesh.device)
+        freeze(whole, config.rates)
+        stages: list[int | None] = list(range(layout.vpp)) if layout.vpp > 1 else [None]
+        self.chunks = [
+            SplitModel(whole, self.megatron, vp_stage=stage, autocast=bf16).to(mesh.device)
+            for stage in stages
+        ]
+        self.model: nn.Module = nn.ModuleList(self.chunks)
+        self.rates = _learning_rates(self.chunks, config)
+        # The distributed optimizer needs its gradient buffers; without data parallelism it is the
+        # same arithmetic, and one code path is tested.
+        buffers = DistributedDataParallelConfig(
+            use_distributed_optimizer=layout.distributed_optimizer, grad_reduce_in_fp32=True
+        )
+        self.wrapped = [
+            DistributedDataParallel(self.megatron, buffers, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(self.chunks)
+        ]
+        self.optimizer, self.rate_of_mark = _optimizer(
+            self.wrapped, self.rates, config, layout, self.megatron.params_dtype
+        )
+
+    def step(self, number: int, batches: Sequence[Any], work: Work) -> StepReport:
+        """Accumulate gradients over the micro-batches and step; raises `NonFiniteLoss`."""
+        self._check_micro_batches(len(batches))
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        items = [self._prepare(micro, batch, work) for micro, batch in enumerate(batches)]
+        cp = self.layout.cp
+
+        def forward(data: Iterator[Any], chunk: nn.Module) -> tuple[Any, Any]:
+            micro, batch, extras = next(data)
+            output = chunk(batch, extras, work, micro)
+
+            def loss(terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+                # The schedule multiplies by cp and divides by the number of micro-batches.
+                kept = {name: term.detach() for name, term in terms.items()}
+                return sum_terms(terms) / cp, kept
+
+            return output, loss
+
+        many = len(self.wrapped) > 1
+        collected = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(items) for _ in self.wrapped] if many else iter(items),
+            model=self.wrapped if many else self.wrapped[0],
+            num_microbatches=len(items),
+            seq_length=items[0][1].input_ids.shape[1],
+            micro_batch_size=items[0][1].input_ids.shape[0],
+            forward_only=False,
+        )
+        return self._update(number, self._terms(collected, len(items)))
+
+    def _update(self, number: int, found: tuple[float, dict[str, float]]) -> StepReport:
+        loss, terms = found
+        broken = bool(self.optimizer.prepare_grads())
+        norm = float(self.optimizer.get_grad_norm() or 0.0)
+        report = StepReport(loss=loss, terms=terms, grad_norm=norm)
+        if broken or not math.isfinite(norm) or not math.isfinite(loss):
+            bad = [name for name, value in terms.items() if not math.isfinite(value)]
+            what = f"loss {', '.join(bad)} is not finite" if bad else f"the gradient norm is {norm}"
+            raise NonFiniteLoss(f"step {number}: {what} on some rank; nothing was updated or saved")
+        scale = self.config.scale(number)
+        for part in self._parts():
+            for group in part.param_groups:
+                group["lr"] = self.rate_of_mark[group["lr_mult"]] * scale
+            parameters = part.get_parameters()
+            if parameters and self.config.clip > 0:
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip, norm)
+        self.optimizer.step_with_ready_grads()
+        return report
+
+    def _parts(self) -> list[Any]:
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+    def _check_micro_batches(self, count: int) -> None:
+        if self.layout.vpp > 1 and count % self.layout.pp:
+            raise MeshError(
+                f"vpp above 1 needs a number of micro-batches that pp ({self.layout.pp}) divides, "
+                f"got {count}; change micro_batches or set parallel.vpp=1"
+            )
+
+    @torch.no_grad()
+    def _prepare(self, micro: int, batch: Any, work: Work) -> tuple[int, Batch, dict[str, Tensor]]:
+        """Let the rank with the front compute what needs no gradient; send it down the pipeline."""
+        if not isinstance(batch, Batch):
+            raise MeshError(
+                f"a pipeline carries focus.batch.Batch, got {type(batch).__name__}; "
+                "set parallel.tp, pp, cp and vpp to 1 for this stage"
+            )
+        prepared: Batch = batch
+        extras: dict[str, Tensor] = {}
+        if self.chunks[0].pre_process:
+            work.seed(micro, "front")
+            prepared, extras = work.prepare(self.chunks[0].front, batch)
+        if self.layout.pp > 1:
+            prepared, extras = _share(batch, prepared, extras, self.mesh.device)
+        return micro, prepared, extras
+
+    def _terms(
+        self, collected: Sequence[Mapping[str, Tensor]], count: int
+    ) -> tuple[float, dict[str, float]]:
+        """Average the terms over micro-batches and data ranks, and tell every rank."""
+        everyone: list[list[str]] = [[] for _ in range(self.mesh.size)]
+        dist.all_gather_object(everyone, sorted({n for terms in collected for n in terms}))
+        names = sorted({name for part in everyone for name in part})
+        table = torch.zeros(2, len(names), dtype=torch.float64, device=self.mesh.device)
+        speaks = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        for terms in collected if speaks else ():
+            for i, name in enumerate(names):
+                if name in terms:
+                    table[0, i] += terms[name].double().reshape(())
+                    table[1, i] += 1
+        dist.all_reduce(table)
+        sums, counts = table.tolist()
+        means = {n: s / c for n, s, c in zip(names, sums, counts, strict=True)}
+        return sum(sums) / (count * self.mesh.data_size), means
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer shards; every rank calls it."""
+        from parallel.shards import save_shards
+
+        save_shards(folder / "shards", self.chunks, self.optimizer)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, at this or any other layout; raises `CheckpointMismatch`."""
+        from parallel.shards import load_shards
+
+        load_shards(folder / "shards", self.chunks, self.optimizer)
+
+
+def _learning_rates(
+    chunks: Sequence[SplitModel], config: OptimizerConfig
+) -> dict[nn.Parameter, float]:
+    """Freeze this rank's parameters and return the rates of the others."""
+    rates: dict[nn.Parameter, float] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if not name.startswith("llm."):
+                rates[parameter] = rate_of(name, config.rates)
+        for name, parameter, made_of in chunk.llm.entries():
+            found = {rate_of(part, config.rates) for part in made_of.names}
+            if len(found) > 1:
+                raise RateError(
+                    f"{made_of.names} are one tensor under megatron ({name}), so they need one "
+                    f"rate, got {sorted(found)}"
+                )
+            rates[parameter] = found.pop()
+    for parameter, rate in rates.items():
+        parameter.requires_grad_(rate > 0 and parameter.is_floating_point())
+    return {parameter: rate for parameter, rate in rates.items() if parameter.requires_grad}
+
+
+def _optimizer(
+    wrapped: Sequence[nn.Module],
+    rates: Mapping[nn.Parameter, float],
+    config: OptimizerConfig,
+    layout: ParallelConfig,
+    dtype: torch.dtype,
+) -> tuple[Any, dict[float, float]]:
+    """Return megatron's optimizer and {mark: rate}.
+
+    Groups are told apart on load by `lr_mult` alone, which the rate does not set here, so it serves
+    as a mark: one per rate and dtype (a group must not mix dtypes, or its state is permuted).
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    own = sorted({(rate, str(p.dtype)) for p, rate in rates.items()})
+    dist.all_gather_object(everyone, own)
+    kinds = sorted({kind for part in everyone for kind in part})
+    overrides, marks = {}, {}
+    for number, kind in enumerate(kinds):
+        members = {id(p) for p, rate in rates.items() if (rate, str(p.dtype)) == kind}
+        mark = 1.0 + number
+        marks[mark] = kind[0]
+
+        def belongs(parameter: nn.Parameter, _: str, members: set[int] = members) -> bool:
+            return id(parameter) in members
+
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=str(kind), fn=belongs))
+        overrides[key] = {"max_lr": kind[0], "min_lr": kind[0], "lr_mult": mark}
+    base = kinds[-1][0]
+    adam = AdamConfig(
+        optimizer="adam",
+        lr=base,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+    )
+    return get_megatron_optimizer(adam, list(wrapped), config_overrides=overrides), marks
+
+
+def _share(
+    batch: Batch, prepared: Batch, extras: dict[str, Tensor], device: torch.device
+) -> tuple[Batch, dict[str, Tensor]]:
+    """Broadcast the tensors that `prepare` made from the first pipeline rank to the others."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    source = parallel_state.get_pipeline_model_parallel_first_rank()
+    first = dist.get_rank() == source
+    made: dict[str, Tensor] = {}
+    if first:
+        for field in dataclasses.fields(Batch):
+            value = getattr(prepared, field.name)
+            if value is not getattr(batch, field.name):
+                made[f"batch.{field.name}"] = value
+        made.update({f"extra.{name}": tensor for name, tensor in extras.items()})
+    shapes: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in made.items()}]
+    dist.broadcast_object_list(shapes, src=source, group=group)
+    found: dict[str, Tensor] = {}
+    for name, (shape, dtype) in shapes[0].items():
+        tensor = (
+            made[name].contiguous() if first else torch.empty(shape, dtype=dtype, device=device)
+        )
+        wire = tensor.to(torch.uint8) if dtype == torch.bool else tensor
+        dist.broadcast(wire, src=source, group=group)
+        found[name] = wire.to(dtype)
+    changed: dict[str, Any] = {
+        name.removeprefix("batch."): t for name, t in found.items() if name.startswith("batch.")
+    }
+    return dataclasses.replace(batch, **changed), {
+        name.removeprefix("extra."): t for name, t in found.items() if name.startswith("extra.")
+    }
