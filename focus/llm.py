@@ -168,14 +168,7 @@ class Attention(nn.Module):
             values[step.rows, :, step.slots] = value.transpose(1, 2).to(values.dtype)
             key = keys[:, :, : step.span].to(query.dtype)
             value = values[:, :, : step.span].to(query.dtype)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value.to(query.dtype),
-            attn_mask=step.mask,
-            is_causal=step.mask is None,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        attended = _attend(query, key, value.to(query.dtype), step.mask)
         projected: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return projected
 
@@ -323,6 +316,22 @@ class Qwen2Trunk(nn.Module):
                 f"a cache of {embeddings.shape[0]} rows expected, got {cache.batch}; "
                 "select() the rows or build another cache"
             )
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, causal without a mask; [B, H, T, d]."""
+    dtype, grouped = query.dtype, query.shape[1] != key.shape[1]
+    if dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+        # PyTorch's CPU kernel has a bf16 backward almost twice as slow as its fp32 one.
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = query.float(), key.float(), value.float()
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            )
+        return attended.to(dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
 
 
 def _split(x: Tensor, num_heads: int) -> Tensor:
