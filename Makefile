@@ -46,7 +46,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 train-tiny: $(STAMP)
-	$(BIN)/focus train tiny
+	$(BIN)/focus train focus_tiny
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

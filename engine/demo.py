@@ -140,22 +140,27 @@ def look_up(values: Mapping[str, Any], path: str) -> float | None:
 
 
 def train_a_little(folder: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Curve]:
-    """Train each stage of the sequence `tiny` for a few steps, from random weights."""
-    from engine import runs
+    """Train each stage of the sequence `focus_tiny` for a few steps, from random weights."""
     from engine.run import override
+    from engine.runs import TINY_SEQUENCE
     from engine.train import train
 
     shutil.rmtree(folder, ignore_errors=True)
-    for name in runs.SEQUENCES["tiny"]:
-        run = override(runs.RUNS[name](), "workers=0", "panel_every=0")
+    for make in TINY_SEQUENCE:
+        run = override(make(), "workers=0", "panel_every=0")
         start = time.perf_counter()
-        train(run, folder / name, until=steps, stream=io.StringIO())
+        train(run, folder / run.name, until=steps, stream=io.StringIO())
         seconds = time.perf_counter() - start
-        lines = (folder / name / "log.jsonl").read_text().splitlines()
+        lines = (folder / run.name / "log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
         losses = tuple(float(line["loss"]) for line in log)
-        speed = sum(line["samples_per_s"] for line in log[1:] or log) / len(log[1:] or log)
-        say(f"trained {name}: {len(log)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
-        told = (runs.RUNS[name].__doc__ or "").strip().partition("\n")[0]
-        yield Curve(name=name, told=told, losses=losses, samples_per_second=speed, seconds=seconds)
+        later = log[1:] or log  # the first step warms up
+        say(f"trained {run.name}: {len(log)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+        yield Curve(
+            name=run.name,
+            told=(make.__doc__ or "").strip().partition("\n")[0],
+            losses=losses,
+            samples_per_second=sum(line["samples_per_s"] for line in later) / len(later),
+            seconds=seconds,
+        )
     shutil.rmtree(folder, ignore_errors=True)

@@ -153,7 +153,8 @@ def _section(section: Section) -> str:
     widest = max((len(example.shots) for example in section.examples), default=1)
     return (
         f'<section id="{escape(section.name)}"><h2>{escape(section.title)}</h2>'
-        f'<p class="told">{escape(section.told)}</p><div class="cards w{min(widest, 3)}">{cards}</div></section>'
+        f'<p class="told">{escape(section.told)}</p>'
+        f'<div class="cards w{min(widest, 3)}">{cards}</div></section>'
     )
 
 

@@ -31,7 +31,7 @@ INSTEAD: dict[str, str] = {
     "make bench": "target",
     "make lint": "target",
     "focus demo": "help",
-    "focus train tiny": "help",
+    "focus train focus_tiny": "help",
     "focus evaluate focus-tiny --split test": "help",
     "focus evaluate focus-tiny --split test_unseen": "help",
 }

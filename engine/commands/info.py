@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
         "machine": machine,
     }
     lines = [f"{config.name}: {sum(parts.values()) / 1e6:,.1f} M parameters"]
-    lines += [f"  {name:<14} {number / 1e6:10,.2f} M" for name, number in parts.items()]
+    lines += [f"  {name:<24} {number / 1e6:10,.2f} M" for name, number in parts.items()]
     lines += ["machine"]
-    lines += [f"  {name:<14} {_say(value)}" for name, value in machine.items()]
+    lines += [f"  {name:<24} {_say(value)}" for name, value in machine.items()]
     return options.reply(report, lines, args.json)
 
 

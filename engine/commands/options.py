@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from focus.regions import Region
-
     from engine.pictures import Picture
+    from focus.regions import Region
 
 MAX_TEXT = 1000
 DEFAULT_MODEL = "focus-tiny"
@@ -127,35 +126,21 @@ def read_regions(given: Sequence[tuple[str, str]] | None, picture: Picture) -> l
 
 
 def _read_region(kind: str, value: str, picture: Picture) -> Region:
-    width, height = picture.size
-    if kind == "click":
-        x, y = numbers(value, 2, kind)
-        _check_points([(x, y)], kind, picture)
-        from focus.regions import Click
-
-        return Click(x, y)
-    if kind == "box":
-        x0, y0, x1, y1 = numbers(value, 4, kind)
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise UsageError(
-                f"--box: 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} expected for this "
-                f"{width}x{height} picture, got {value}"
-            )
-        from focus.regions import Box
-
-        return Box(x0, y0, x1, y1)
-    if kind == "scribble" and value.lower().endswith(".json"):
-        points = _read_points(Path(value))
-        _check_points(points, kind, picture)
-        from focus.regions import Scribble
-
-        return Scribble(points)
     from engine.pictures import read_mask
+    from focus.regions import Box, Click, MaskRegion, Scribble, region_mask
 
-    mask = read_mask(value, picture.size, kind)
-    from focus.regions import MaskRegion, Scribble
-
-    return Scribble(mask) if kind == "scribble" else MaskRegion(mask)
+    region: Region
+    if kind == "click":
+        region = Click(*numbers(value, 2, kind))
+    elif kind == "box":
+        region = Box(*numbers(value, 4, kind))
+    elif kind == "scribble" and value.lower().endswith(".json"):
+        region = Scribble(_read_points(Path(value)))
+    else:
+        mask = read_mask(value, picture.size, kind)
+        return Scribble(mask) if kind == "scribble" else MaskRegion(mask)
+    region_mask(region, (picture.image.height, picture.image.width))  # raises if it lies outside
+    return region
 
 
 def _read_points(path: Path) -> list[tuple[float, float]]:
@@ -166,19 +151,7 @@ def _read_points(path: Path) -> list[tuple[float, float]]:
         raise
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path}: JSON [[x, y], ...] expected: {error}") from error
-    if not points:
-        raise UsageError(f"{path}: the scribble has no points")
     return points
-
-
-def _check_points(points: Sequence[tuple[float, float]], kind: str, picture: Picture) -> None:
-    width, height = picture.size
-    for x, y in points:
-        if not (0 <= x < width and 0 <= y < height):
-            raise UsageError(
-                f"--{kind}: ({x:g}, {y:g}) lies outside this {width}x{height} picture; "
-                f"x is 0 to {width - 1}, y is 0 to {height - 1}"
-            )
 
 
 def load_model(name: str) -> Any:

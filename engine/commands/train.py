@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from engine.commands import options
 
+if TYPE_CHECKING:
+    from engine.run import Run
+
 HELP = "train a run of engine/runs.py, going on from its newest checkpoint"
+SEQUENCE = "focus_tiny"
 EXAMPLES = (
     "focus train --list",
-    "focus train tiny",
-    "focus train tiny_tokenizer --set steps=200 --set rates.*=1e-4",
+    "focus train focus_tiny",
+    "focus train focus_tiny_stage2 --set steps=20 --set micro_batches="(('vqa', 8),)"",
 )
 
 
@@ -45,43 +50,45 @@ def run(args: argparse.Namespace) -> int:
         return _list(args)
     if args.run is None:
         raise options.UsageError("RUN is missing; `focus train --list` names them")
-    from engine import runs
     from engine.run import override
     from engine.train import NonFiniteLoss, train
 
-    known = {**runs.RUNS, **runs.SEQUENCES}
-    if args.run not in known:
-        raise options.UsageError(f"no run {args.run!r}; there are {', '.join(known)}")
-    names = runs.SEQUENCES.get(args.run, (args.run,))
     assignments = list(args.assignments)
     if args.seed is not None:
         assignments.append(f"seed={args.seed}")
-    planned = [override(runs.RUNS[name](), *assignments) for name in names]
     done = []
-    for name, planned_run in zip(names, planned, strict=True):
-        folder = args.out / name
+    for planned in [override(found, *assignments) for found in find_runs(args.run)]:
+        folder = args.out / planned.name
         try:
-            outcome = train(planned_run, folder, resume=not args.fresh, until=args.until)
+            outcome = train(planned, folder, resume=not args.fresh, until=args.until)
         except NonFiniteLoss as error:
-            print(f"focus train: error: {name}: {error}", file=sys.stderr)
+            print(f"focus train: error: {planned.name}: {error}", file=sys.stderr)
             return 1
-        done.append({"run": name, "step": outcome.step, "checkpoint": outcome.checkpoint})
-        if outcome.stopped and (args.until is None or outcome.step < args.until):
-            print(f"focus train: {name} stopped at step {outcome.step}", file=sys.stderr)
+        done.append({"run": planned.name, "step": outcome.step, "checkpoint": outcome.checkpoint})
+        if outcome.stopped:
             return 130
     lines = [f"{item['run']}: {item['step']} steps, {item['checkpoint']}" for item in done]
     return options.reply({"command": "train", "runs": done}, lines, args.json)
 
 
+def find_runs(name: str) -> list[Run]:
+    """Return the runs of a sequence, or the one run of that name."""
+    from engine.runs import RUNS, TINY_SEQUENCE, find_run
+
+    if name == SEQUENCE:
+        return [make() for make in TINY_SEQUENCE]
+    if name not in RUNS:
+        known = ", ".join((SEQUENCE, *RUNS))
+        raise options.UsageError(f"no run {name!r}; there are {known}")
+    return [find_run(name)]
+
+
 def _list(args: argparse.Namespace) -> int:
-    from engine import runs
+    from engine.runs import RUNS, TINY_SEQUENCE
 
-    found = {name: _first_line(make.__doc__) for name, make in runs.RUNS.items()}
-    lines = [f"{name:<24} {told}" for name, told in found.items()]
-    lines += [f"{name:<24} {', '.join(parts)}" for name, parts in runs.SEQUENCES.items()]
-    report = {"command": "train", "runs": found, "sequences": dict(runs.SEQUENCES)}
+    told = {name: (make.__doc__ or "").strip().partition("\n")[0] for name, make in RUNS.items()}
+    sequence = [make.__name__ for make in TINY_SEQUENCE]
+    lines = [f"{SEQUENCE:<28} all of focus_tiny, in this order:"]
+    lines += [f"{name:<28} {text}" for name, text in told.items()]
+    report = {"command": "train", "runs": told, "sequences": {SEQUENCE: sequence}}
     return options.reply(report, lines, args.json)
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]

@@ -232,7 +232,7 @@ BAD = {
     "no region": (["segment", "PHOTO", "--task", "interactive"], "needs --click"),
     "region unsaid": (["edit", "PHOTO", "make <region> red"], "point at it"),
     "two regions": (["edit", "PHOTO", "x", "--click", "1,1", "--box", "1,1,2,2"], "not allowed"),
-    "click outside": (["segment", "PHOTO", "--click", "60,5"], "outside this 60x40 picture"),
+    "click outside": (["segment", "PHOTO", "--click", "60,5"], "x below 60, y below 40"),
     "click words": (["segment", "PHOTO", "--click", "a,b"], "2 numbers"),
     "click nan": (["segment", "PHOTO", "--click", "nan,1"], "2 numbers"),
     "box outside": (["segment", "PHOTO", "--box", "1,1,61,9"], "x1 <= 60"),
