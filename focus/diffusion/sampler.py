@@ -109,13 +109,14 @@ def sample_latents(
     if steps < 1:
         raise DiffusionError(f"at least one sampling step expected, got {steps}")
     scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
+    latents: Tensor = noise * scheduler.init_noise_sigma
     extra = _extra(scheduler, generator)
     timesteps = scheduler.timesteps
     for index, timestep in enumerate(timesteps):
         model_input = scheduler.scale_model_input(latents, timestep)
         output = predict(model_input, timestep)
-        latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+        stepped: Tensor = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+        latents = stepped
         if blend is not None:
             following = timesteps[index + 1 :][:1]
             latents = _blend(latents, blend, noise, scheduler, following)
