@@ -16,7 +16,7 @@ SEQUENCE = "focus_tiny"
 EXAMPLES = (
     "focus train --list",
     "focus train focus_tiny",
-    "focus train focus_tiny_stage2 --set steps=20 --set micro_batches="(('vqa', 8),)"",
+    'focus train focus_tiny_stage2 --set steps=20 --set "rates.front.adapter.*=1e-4"',
 )
 
 
