@@ -14,6 +14,33 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("kernels", "focus", "parallel", "engine", "bench")
+# Modules of the package `kernels` on PyPI (0.17): ours must not be called like one of them.
+THEIRS = {
+    "_rust",
+    "_system",
+    "_versions",
+    "_windows",
+    "archs",
+    "backends",
+    "benchmark",
+    "benchmarks",
+    "cli",
+    "compat",
+    "deps",
+    "hf_hub",
+    "importer",
+    "install",
+    "layer",
+    "load",
+    "locking",
+    "python_deps",
+    "resolver",
+    "status",
+    "utils",
+    "validate",
+    "variants",
+    "verify",
+}
 ENTRIES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", *FLOORS, "assets")
 
 
@@ -89,6 +116,12 @@ def test_wheel_has_no_init_in_kernels(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "kernels/catalog.py" in names
     assert not [n for n in names if n.startswith("kernels/") and n.endswith("__init__.py")]
+
+
+def test_no_module_of_kernels_is_called_like_one_of_the_namesake() -> None:
+    ours = {path.stem for path in (ROOT / "kernels").iterdir()}
+    assert "catalog" in ours
+    assert ours & THEIRS == set()
 
 
 def test_wheel_names_its_requirements(wheel: Path) -> None:
