@@ -1,0 +1,235 @@
+"""One sample of every task: first a draft in terms of the scene, then its pixels."""
+
+# H, W picture
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.data.records import REGION_KINDS, TASKS, Mask, Record, RegionKind, Task
+from engine.data.scene_answer import question
+from engine.data.scene_draw import render
+from engine.data.scene_edit import editing
+from engine.data.scene_expression import askable, reasoning, referring
+from engine.data.scene_model import (
+    SHAPES,
+    DataError,
+    Scene,
+    allowed_pairs,
+    check_split,
+    choose,
+    random_scene,
+    stream,
+)
+from engine.data.scene_query import describe, fitting
+from engine.data.scene_region import region_prompt
+from engine.data.scene_text import caption, name, names
+
+MAX_DRAWN = 4  # objects in a picture to generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A sample before rendering. targets: (object, label) of each mask; regions: objects."""
+
+    kind: str
+    scene: Scene
+    text: str = ""
+    answer: str = ""
+    classes: tuple[str, ...] = ()
+    targets: tuple[tuple[int, int], ...] = ()
+    after: Scene | None = None
+    changed: int | None = None
+    regions: tuple[int, ...] = ()
+    region_kinds: tuple[RegionKind, ...] = ()
+
+
+def _class(rng: np.random.Generator, split: str) -> Draft:
+    """Candidate names, some present and some not; a mask per instance of those that are."""
+    scene = random_scene(rng, split, all_unseen=True)
+    kind = "pairs" if rng.random() < 0.65 else "shapes"
+    total = int(rng.integers(3, 9 if kind == "pairs" else 7))
+    if kind == "pairs":
+        there = list(dict.fromkeys(o.pair for o in scene.objects))
+        absent = [p for p in allowed_pairs(split) if p not in there]
+        colours, shapes = {p[0] for p in there}, {p[1] for p in there}
+        near = [p for p in absent if p[0] in colours or p[1] in shapes]
+        wrong = [" ".join(choose(rng, near if rng.random() < 0.6 else absent)) for _ in range(8)]
+        present = [" ".join(p) for p in there]
+    else:
+        present = list(dict.fromkeys(o.shape for o in scene.objects))
+        wrong = [s for s in rng.permutation(SHAPES) if s not in present]
+    low = 0 if rng.random() < 0.06 else 1
+    most = min(len(present), total - 1)
+    num = min(most, int(rng.integers(low, most + 1)) if rng.random() < 0.3 or not low else most)
+    kept = [present[int(k)] for k in rng.permutation(len(present))[:num]]
+    listed = (kept + list(dict.fromkeys(str(w) for w in wrong)))[:total]
+    classes = tuple(listed[int(k)] for k in rng.permutation(len(listed)))
+    targets = []
+    for label, words in enumerate(classes):
+        colour, _, shape = words.rpartition(" ")
+        targets += [(i, label) for i in fitting(scene, describe(colour or None, shape))]
+    answer = names([classes[label] for _, label in targets])
+    return Draft(kind=kind, scene=scene, classes=classes, targets=tuple(targets), answer=answer)
+
+
+def _referring(rng: np.random.Generator, split: str) -> Draft:
+    kind, scene, target, text = referring(rng, split)
+    answer = name(scene, target)
+    return Draft(kind=kind, scene=scene, text=text, answer=answer, targets=((target, 0),))
+
+
+def _reasoning(rng: np.random.Generator, split: str) -> Draft:
+    kind, scene, target, text = reasoning(rng, split)
+    answer = name(scene, target)
+    return Draft(kind=kind, scene=scene, text=text, answer=answer, targets=((target, 0),))
+
+
+def _interactive(rng: np.random.Generator, split: str) -> Draft:
+    """One region, or two of the same kind, each with its own object."""
+    scene = random_scene(rng, split)
+    found = askable(rng, scene, split)[: 2 if rng.random() < 0.3 else 1]
+    kind = choose(rng, REGION_KINDS)
+    return Draft(
+        kind=kind,
+        scene=scene,
+        answer=names([name(scene, i) for i in found]),
+        targets=tuple((i, label) for label, i in enumerate(found)),
+        regions=tuple(found),
+        region_kinds=(kind,) * len(found),
+    )
+
+
+def _generation(rng: np.random.Generator, split: str) -> Draft:
+    scene = random_scene(rng, split, max_num=MAX_DRAWN, all_unseen=True)
+    text = caption(rng, scene)
+    return Draft(kind=f"objects_{len(scene.objects)}", scene=scene, text=text, after=scene)
+
+
+def _editing(rng: np.random.Generator, split: str) -> Draft:
+    edit = editing(rng, split)
+    target = edit.target
+    return Draft(
+        kind=edit.kind,
+        scene=edit.before,
+        text=edit.text,
+        answer="background" if target is None else name(edit.before, target),
+        after=edit.after,
+        changed=target,
+        regions=() if edit.region is None or target is None else (target,),
+        region_kinds=() if edit.region is None else (edit.region,),
+    )
+
+
+def _vqa(rng: np.random.Generator, split: str) -> Draft:
+    kind, scene, text, answer = question(rng, split)
+    return Draft(kind=kind, scene=scene, text=text, answer=answer)
+
+
+_DRAFTS = {
+    "class": _class,
+    "referring": _referring,
+    "reasoning": _reasoning,
+    "interactive": _interactive,
+    "generation": _generation,
+    "editing": _editing,
+    "vqa": _vqa,
+}
+
+
+def draft(task: str, split: str, seed: int, index: int) -> tuple[Draft, np.random.Generator]:
+    """The sample before rendering, and its random stream from there on.
+
+    Raises: DataError for a task or split that is not known.
+    """
+    if task not in TASKS:
+        raise DataError(f"expected a task of {', '.join(TASKS)}, got {task!r}; choose one")
+    check_split(split)
+    rng = stream("sample", split, seed, index, task)
+    return _DRAFTS[task](rng, split), rng
+
+
+def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of a side or a pair."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def sample(
+    task: Task, split: str, seed: int, index: int, size: int | tuple[int, int] = (128, 128)
+) -> Record:
+    """Sample number `index` of a task: a pure function of its arguments.
+
+    size: (H, W) or the side of a square picture; the same scene at any size.
+    Raises: DataError for an unknown task or split, or sides under 8 pixels.
+    """
+    size = as_size(size)
+    plan, rng = draft(task, split, seed, index)
+    image, instances = render(plan.scene, size)
+    target = None if plan.after is None else image
+    masks = [(instances == i + 1, label) for i, label in plan.targets]
+    if task == "editing" and plan.after is not None:
+        target, after = render(plan.after, size)
+        masks = [(_changed(plan, instances, after), 0)]
+    regions = [
+        region_prompt(rng, instances == i + 1, kind)
+        for i, kind in zip(plan.regions, plan.region_kinds, strict=True)
+    ]
+    return Record(
+        id=f"{split}-{seed}-{task}-{index}",
+        task=task,
+        text=plan.text,
+        answer=plan.answer,
+        classes=plan.classes,
+        image=None if task == "generation" else image,
+        masks=tuple(mask for mask, _ in masks),
+        labels=tuple(label for _, label in masks),
+        regions=tuple(regions),
+        region_kinds=plan.region_kinds,
+        target=target,
+        kind=plan.kind,
+    )
+
+
+def _changed(plan: Draft, before: np.ndarray, after: np.ndarray) -> Mask:
+    """Visible footprint of the changing object before and after; or the whole background."""
+    if plan.changed is None:
+        return np.asarray(before == 0)
+    mask = before == plan.changed + 1
+    if plan.kind != "remove":
+        mask = mask | (after == plan.changed + 1)
+    return np.asarray(mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requested:
+    """An object that a caption asks for."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+
+
+def requested(record_id: str) -> tuple[Requested, ...]:
+    """The objects that a generation record's caption asks for, from its id alone.
+
+    Raises: DataError when the id is not of a generation record of the built-in world.
+    """
+    parts = record_id.rsplit("-", 3)
+    try:
+        split, seed, task, index = parts[0], int(parts[1]), parts[2], int(parts[3])
+    except (IndexError, ValueError):
+        task = ""
+    if task != "generation":
+        raise DataError(
+            f"expected an id like 'test-0-generation-7', got {record_id!r}; pass the id of a "
+            "generation record of the built-in world"
+        )
+    plan, _ = draft(task, split, seed, index)
+    return tuple(
+        Requested(colour=o.colour, shape=o.shape, size=o.size, x=o.x, y=o.y)
+        for o in plan.scene.objects
+    )
