@@ -61,6 +61,8 @@ class Letterbox:
         """
         if isinstance(mask, np.ndarray):
             return (self.mask_back(torch.from_numpy(mask).float()) > 0.5).numpy()
+        if not mask.numel():
+            return mask.float().new_zeros(*mask.shape[:-2], *self.source)
         flat = mask.float().reshape(1, -1, *mask.shape[-2:])
         rows, columns = (
             self._positions(axis, mask.device) for axis in (0, 1)

@@ -88,6 +88,8 @@ def picture_masks(masks: Tensor, letterbox: Letterbox | None) -> Tensor:
     if letterbox is not None:
         return letterbox.mask_back(masks).sigmoid()
     size = (masks.shape[-2] * 4, masks.shape[-1] * 4)
+    if not len(masks):
+        return masks.new_zeros(0, *size)
     resized = F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)
     return resized[0].sigmoid()
 

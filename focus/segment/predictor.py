@@ -27,6 +27,8 @@ from focus.config import HierarchicalConfig, SegmentConfig
 
 Kind = Literal["class", "text", "region"]
 KINDS: tuple[Kind, ...] = ("class", "text", "region")
+# A module called "class" would break torch.export, which writes Python attribute names.
+MODULE_NAMES: dict[Kind, str] = {"class": "classes", "text": "texts", "region": "regions"}
 NUM_LEVELS = 3  # the masked decoder reads strides 32, 16 and 8 in turn
 
 
@@ -74,8 +76,9 @@ class SegmentationPredictor(nn.Module):
         self.level_embedding = nn.Embedding(NUM_LEVELS, dim)
         self.query_content = nn.Linear(llm_dim, dim)
         self.query_position = nn.Embedding(config.num_queries, dim)
-        self.condition = nn.ModuleDict({kind: nn.Linear(llm_dim, dim) for kind in KINDS})
-        self.score = nn.ModuleDict({kind: _mlp(dim, 2) for kind in KINDS})
+        names = MODULE_NAMES.values()
+        self.condition = nn.ModuleDict({name: nn.Linear(llm_dim, dim) for name in names})
+        self.score = nn.ModuleDict({name: _mlp(dim, 2) for name in names})
         self.background = nn.Parameter(torch.empty(dim))
         self.embedding = _mlp(dim, 3)
         self.reset_parameters()
@@ -128,7 +131,8 @@ class SegmentationPredictor(nn.Module):
         )
         candidates = self._candidates(condition_states, kind)
         states = [state.transpose(0, 1) for state in decoded.intermediate_hidden_states]
-        scores = [self.score[kind](state) @ candidates.transpose(1, 2) for state in states]
+        score = self.score[MODULE_NAMES[kind]]
+        scores = [score(state) @ candidates.transpose(1, 2) for state in states]
         predictions = list(zip(decoded.masks_queries_logits, scores, strict=True))
         return Prediction(
             masks=predictions[-1][0],
@@ -157,7 +161,7 @@ class SegmentationPredictor(nn.Module):
         return memory, positions
 
     def _candidates(self, condition_states: Tensor, kind: Kind) -> Tensor:
-        candidates: Tensor = self.condition[kind](condition_states)
+        candidates: Tensor = self.condition[MODULE_NAMES[kind]](condition_states)
         if kind == "class":
             background = self.background.to(candidates.dtype).expand(candidates.shape[0], 1, -1)
             candidates = torch.cat([candidates, background], dim=1)
