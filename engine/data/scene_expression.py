@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.data.scene_model import (
     HELD_OUT,
+    UNSEEN_PAIRS,
     Scene,
     SceneObject,
     allowed_pairs,
@@ -49,6 +50,8 @@ REASONING: dict[str, float] = {
     "same_shape": 0.07,
     "first_met": 0.08,
 }
+# What a description mentions: colour, shape, size; the most natural first.
+_OPTIONS = tuple(frozenset(o) for o in ("cs", "s", "c", "csz", "sz", "cz", "z", ""))
 _HINTED = ("the {t} {h}", "the one {t} {h}", "the only {t} {h}", "something {h}", "the item {h}")
 _NOT_COLOUR = (
     "the only {t} that is not {x}",
@@ -118,31 +121,42 @@ def askable(rng: np.random.Generator, scene: Scene, split: str) -> list[int]:
     return order
 
 
-def _heads(item: SceneObject, use: str) -> list[Description]:
-    """Descriptions true of an object that use only colour ("c"), shape ("s") and size ("z")."""
-    options = ("cs", "s", "c", "zcs", "zs", "zc", "z", "")
-    return [
-        describe(
-            item.colour if "c" in o else None,
-            item.shape if "s" in o else None,
-            item.size if "z" in o else None,
-        )
-        for o in options
-        if set(o) <= set(use)
-    ]
+def _by(item: SceneObject, option: frozenset[str]) -> Description:
+    return describe(
+        item.colour if "c" in option else None,
+        item.shape if "s" in option else None,
+        item.size if "z" in option else None,
+    )
 
 
 def unique_description(
     rng: np.random.Generator, scene: Scene, i: int, use: str = "csz"
 ) -> Description | None:
-    """A description that only object i fits; rarely with more words than it needs."""
-    unique = [d for d in _heads(scene.objects[i], use) if fitting(scene, d) == [i]]
+    """A description that only object i fits; rarely with more words than it needs.
+
+    use: what it may mention: colour "c", shape "s", size "z".
+    """
+    item = scene.objects[i]
+    shared = [
+        {
+            letter
+            for letter, same in (
+                ("c", o.colour == item.colour),
+                ("s", o.shape == item.shape),
+                ("z", o.size == item.size),
+            )
+            if same
+        }
+        for k, o in enumerate(scene.objects)
+        if k != i
+    ]
+    unique = [o for o in _OPTIONS if o.issubset(use) and not any(o <= s for s in shared)]
     if not unique:
         return None
     if rng.random() < 0.5:
-        return unique[0]
-    short = [d for d in unique if d.size is None]
-    return choose(rng, short if short and rng.random() < 0.8 else unique)
+        return _by(item, unique[0])
+    short = [o for o in unique if "z" not in o]
+    return _by(item, choose(rng, short if short and rng.random() < 0.8 else unique))
 
 
 def refer(
@@ -150,7 +164,7 @@ def refer(
 ) -> Query | None:
     """A query of this relation that means `target` alone, or None if none was found.
 
-    use: what the head may mention, as in `_heads`.
+    use: what the head may mention, as in `unique_description`.
     """
     if relation == "attribute":
         head = unique_description(rng, scene, target, use)
@@ -161,17 +175,17 @@ def refer(
     num_anchors = {"between": 2, "place": 0, **dict.fromkeys(EXTREMES, 0)}.get(relation, 1)
     if len(others) < max(1, num_anchors) or (relation == "place" and not place):
         return None
-    heads = _heads(item, use)
+    heads = [o for o in _OPTIONS if o.issubset(use)]
     needed = rng.random() < 0.8  # mostly the relation tells the target from something like it
     for _ in range(6):
-        head = choose(rng, heads)
+        head = _by(item, choose(rng, heads))
         picked = [others[int(k)] for k in rng.permutation(len(others))[:num_anchors]]
+        rivals = [k for k in fitting(scene, head) if k != target and k not in picked]
+        if (needed or relation in EXTREMES) and not rivals:
+            continue
         anchors = [unique_description(rng, scene, k) for k in picked]
         found = tuple(d for d in anchors if d is not None)
         if len(found) < num_anchors:
-            continue
-        rivals = [k for k in fitting(scene, head) if k != target and k not in picked]
-        if (needed or relation in EXTREMES) and not rivals:
             continue
         query = Query(head=head, relation=relation, anchors=found, place=place)
         if means(scene, query, target):
@@ -212,16 +226,8 @@ def _hint(
         found, words = Description(colours=frozenset(colour[0])), colour[1]
     else:
         found = Description(colours=frozenset(colour[0]), shapes=frozenset(shape[0]))
-        words = f"{shape[1]} and {_second(colour[1])}"
+        words = f"{shape[1]}, {colour[1]}"
     return (found, words) if fitting(scene, found) == [target] else None
-
-
-def _second(words: str) -> str:
-    """A colour hint as the second half of a double one."""
-    for start, instead in (("that has ", "has "), ("coloured ", "is coloured "), ("in ", "is in ")):
-        if words.startswith(start):
-            return f"that {instead}{words[len(start) :]}"
-    return words
 
 
 def _negation(rng: np.random.Generator, scene: Scene, target: int) -> str | None:
@@ -240,8 +246,6 @@ def _negation(rng: np.random.Generator, scene: Scene, target: int) -> str | None
 
 def _odd_pairs(rng: np.random.Generator, split: str, num: int) -> list[tuple[str, str]] | None:
     """Pairs of which the first differs in colour (or shape) from all others, which agree in it."""
-    from engine.data.scene_model import UNSEEN_PAIRS
-
     pool = allowed_pairs(split)
     odd = choose(rng, UNSEEN_PAIRS if split == "test_unseen" else pool)
     side = int(rng.integers(2))

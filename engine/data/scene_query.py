@@ -6,9 +6,9 @@ in the strict reading and nothing else holds even in the loose one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import numpy as np
+from functools import cache
 
 from engine.data.scene_model import BACKGROUND_COLOURS, Scene, SceneObject
 
@@ -50,6 +50,7 @@ class Description:
         return fits != self.negated
 
 
+@cache
 def describe(
     colour: str | None = None, shape: str | None = None, size: str | None = None
 ) -> Description:
@@ -82,8 +83,8 @@ def fitting(scene: Scene, description: Description) -> list[int]:
 def inside(scene: Scene, i: int, j: int) -> bool:
     """Whether small object i lies within large object j and in front of it."""
     a, b = scene.objects[i], scene.objects[j]
-    near = np.hypot(a.x - b.x, a.y - b.y) < 0.25 * b.radius
-    return a.size == "small" and b.size == "large" and a.depth > b.depth and bool(near)
+    near = math.hypot(a.x - b.x, a.y - b.y) < 0.25 * b.radius
+    return a.size == "small" and b.size == "large" and a.depth > b.depth and near
 
 
 def directed(a: SceneObject, b: SceneObject, relation: str, *, loose: bool = False) -> bool:
@@ -104,7 +105,7 @@ def directed(a: SceneObject, b: SceneObject, relation: str, *, loose: bool = Fal
 def between(a: SceneObject, b: SceneObject, c: SceneObject, *, loose: bool = False) -> bool:
     """Whether a lies between b and c: near the middle of the line from b to c."""
     ux, uy = c.x - b.x, c.y - b.y
-    length = float(np.hypot(ux, uy))
+    length = math.hypot(ux, uy)
     if length < 0.3:
         return False
     along = ((a.x - b.x) * ux + (a.y - b.y) * uy) / length**2
@@ -127,7 +128,7 @@ def _score(scene: Scene, i: int, relation: str, anchor: int | None) -> float:
     if relation in ("nearest", "farthest"):
         assert anchor is not None
         other = scene.objects[anchor]
-        distance = float(np.hypot(item.x - other.x, item.y - other.y))
+        distance = math.hypot(item.x - other.x, item.y - other.y)
         return distance if relation == "nearest" else -distance
     return {
         "leftmost": item.x,
