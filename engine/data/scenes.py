@@ -27,7 +27,9 @@ from engine.data.scene_model import (
     random_scene,
     stream,
 )
-from engine.data.scene_tasks import Requested, draft, requested, sample
+from engine.data.scene_sheet import write_samples
+from engine.data.scene_tasks import Draft, Requested, draft, requested, sample
+from engine.data.scene_video import Clip, clip
 
 __all__ = [
     "BACKGROUND_COLOURS",
@@ -37,17 +39,22 @@ __all__ = [
     "SHAPES",
     "SPLITS",
     "Background",
+    "Clip",
     "DataError",
+    "Draft",
     "Requested",
     "Scene",
     "SceneObject",
     "Split",
+    "clip",
+    "draft",
     "random_scene",
     "render",
     "requested",
     "sample",
     "stream",
     "texts",
+    "write_samples",
 ]
 
 
