@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -163,7 +164,10 @@ def _attribute(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Ask
     query = refer(rng, scene, i, relation, use)
     if query is None:
         return None
-    return _ask(rng, kind, x=_the(say(rng, query))), answer
+    words = _the(say(rng, query))
+    if kind == "shape":  # not "what shape is the shape"
+        words = re.sub(r"\b(shape|figure)\b", "object", words)
+    return _ask(rng, kind, x=words), answer
 
 
 def _which(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Asked | None:
@@ -278,7 +282,10 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, str, str
         max_num = 3 if kind == "describe" else 6
         num = int(rng.integers(3, 7)) if kind == "between" else None
         whole = kind in ("describe", "exists")
-        scene = random_scene(rng, split, num=num, max_num=max_num, all_unseen=whole)
+        scene = random_scene(
+            rng, split, num=num, max_num=max_num, all_unseen=whole,
+            anchored=kind in ("describe", "place"),
+        )  # fmt: skip
         for i in askable(rng, scene, split):
             asked = make[kind](scene, i)
             if asked is not None:

@@ -10,6 +10,7 @@ from engine.data.records import REGION_KINDS, RegionKind
 from engine.data.scene_expression import askable, pick, refer
 from engine.data.scene_model import (
     BACKGROUND_COLOURS,
+    PLACES,
     Background,
     Scene,
     SceneObject,
@@ -17,7 +18,7 @@ from engine.data.scene_model import (
     choose,
     random_scene,
 )
-from engine.data.scene_query import PLACES, inside
+from engine.data.scene_query import inside
 from engine.data.scene_text import article, say
 
 EDITS: dict[str, float] = {

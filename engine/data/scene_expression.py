@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.data.scene_model import (
     HELD_OUT,
+    PLACES,
     UNSEEN_PAIRS,
     Scene,
     SceneObject,
@@ -17,7 +18,6 @@ from engine.data.scene_model import (
 )
 from engine.data.scene_query import (
     EXTREMES,
-    PLACES,
     Description,
     Query,
     at_place,
@@ -226,7 +226,8 @@ def _hint(
         found, words = Description(colours=frozenset(colour[0])), colour[1]
     else:
         found = Description(colours=frozenset(colour[0]), shapes=frozenset(shape[0]))
-        words = f"{shape[1]}, {colour[1]}"
+        both = shape[1].startswith("that ") and colour[1].startswith("that ")
+        words = f"{shape[1]}{' and' if both else ','} {colour[1]}"
     return (found, words) if fitting(scene, found) == [target] else None
 
 

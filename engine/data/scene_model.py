@@ -59,6 +59,18 @@ UNSEEN_PAIRS: tuple[tuple[str, str], ...] = tuple(p for p in ALL_PAIRS if p in H
 
 SMALL_RADIUS = (0.09, 0.11)
 LARGE_RADIUS = (0.16, 0.20)
+# name -> (x, y) of the nine named places, row by row
+PLACES: dict[str, tuple[float, float]] = {
+    "top left": (0.22, 0.22),
+    "top": (0.5, 0.22),
+    "top right": (0.78, 0.22),
+    "left": (0.22, 0.5),
+    "centre": (0.5, 0.5),
+    "right": (0.78, 0.5),
+    "bottom left": (0.22, 0.78),
+    "bottom": (0.5, 0.78),
+    "bottom right": (0.78, 0.78),
+}
 MAX_TILT = 0.2  # radians; shapes stay recognisable and a square never becomes a diamond
 _HOSTS = ("circle", "square", "ring", "heart")  # shapes wide enough to hold a small object
 _COUNT_WEIGHTS = np.cumsum([0.08, 0.22, 0.27, 0.22, 0.13, 0.08])
@@ -185,6 +197,7 @@ def _place(
     size: str,
     crowded: bool,
     hosting: float,
+    anchored: bool,
 ) -> SceneObject | None:
     radius = float(rng.uniform(*(SMALL_RADIUS if size == "small" else LARGE_RADIUS)))
     tilt = float(rng.uniform(-MAX_TILT, MAX_TILT))
@@ -206,7 +219,11 @@ def _place(
                     radius=SMALL_RADIUS[0], depth=depth, tilt=tilt,
                 )  # fmt: skip
     low, high = 1.06 * radius, 1.0 - 1.06 * radius
-    for x, y in rng.uniform(low, high, (24, 2)):
+    spots = rng.uniform(low, high, (24, 2))
+    if anchored:
+        places = rng.permutation(np.array(list(PLACES.values())))
+        spots = np.clip(places + rng.uniform(-0.04, 0.04, places.shape), low, high)
+    for x, y in spots:
         for other in placed:
             overlap = crowded and other.colour != pair[0]
             reach = (0.86 if overlap else 1.18) * (other.radius + radius)
@@ -229,6 +246,7 @@ def random_scene(
     all_unseen: bool = False,
     pairs: Sequence[tuple[str, str]] | None = None,
     hosting: float = 0.3,
+    anchored: bool = False,
 ) -> Scene:
     """A scene of `num` objects (drawn at random up to `max_num` when None) that all fit.
 
@@ -237,6 +255,7 @@ def random_scene(
 
     all_unseen: every object of a `test_unseen` scene is. pairs: the objects' colours and shapes,
     instead of random ones. hosting: how often a small object goes inside a large one if it can.
+    anchored: objects stand at the nine named `PLACES`, give or take 0.04.
     """
     check_split(split)
     if pairs is not None:
@@ -254,7 +273,7 @@ def random_scene(
         slots: dict[int, SceneObject] = {}
         for i in order:
             size = SIZES[int(large[i])]
-            item = _place(rng, placed, pairs[i], size, crowded, hosting)
+            item = _place(rng, placed, pairs[i], size, crowded, hosting, anchored)
             if item is None:
                 break
             placed.append(item)

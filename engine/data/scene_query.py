@@ -10,25 +10,13 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from engine.data.scene_model import BACKGROUND_COLOURS, Scene, SceneObject
+from engine.data.scene_model import BACKGROUND_COLOURS, PLACES, Scene, SceneObject
 
 STRICT_GAP, LOOSE_GAP = 0.12, 0.02  # of the picture's side, between centres
 EXTREME_GAP = 0.07  # by how much an extreme object leads
 RELATIONS = ("left_of", "right_of", "above", "below", "inside", "between")
 EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
 COMPARISONS = ("nearest", "farthest", "same_colour", "same_shape")
-# name -> (x, y) of the nine named places, row by row
-PLACES: dict[str, tuple[float, float]] = {
-    "top left": (0.22, 0.22),
-    "top": (0.5, 0.22),
-    "top right": (0.78, 0.22),
-    "left": (0.22, 0.5),
-    "centre": (0.5, 0.5),
-    "right": (0.78, 0.5),
-    "bottom left": (0.22, 0.78),
-    "bottom": (0.5, 0.78),
-    "bottom right": (0.78, 0.78),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from engine.pictures import write_json, write_picture
 from engine.show import overlay
 
 _SIDE = 192  # pixels of a panel
-_GAP, _LINE, _LINES = 8, 14, 5
+_GAP, _LINE = 8, 15
 _PAPER, _INK = (250, 249, 246), (30, 30, 34)
 
 Panel = tuple[list[Image.Image], str]
@@ -50,7 +50,8 @@ def contact_sheet(panels: Sequence[Panel], width: int = 1400) -> Image.Image:
     font = ImageFont.load_default(11)
     cells = [(len(p) * (_SIDE + 2), p, words) for p, words in panels]
     height = max(p.height for _, pictures, _ in cells for p in map(_fit, pictures))
-    step = height + _LINES * _LINE + _GAP
+    wrapped = {words: textwrap.wrap(words, max(10, span // 6)) for span, _, words in cells}
+    step = height + max(map(len, wrapped.values())) * _LINE + _GAP
     rows: list[list[tuple[int, list[Image.Image], str]]] = [[]]
     for cell in cells:
         if rows[-1] and sum(c[0] + _GAP for c in rows[-1]) + cell[0] + 2 * _GAP > width:
@@ -64,8 +65,8 @@ def contact_sheet(panels: Sequence[Panel], width: int = 1400) -> Image.Image:
         for span, pictures, words in row:
             for k, picture in enumerate(pictures):
                 sheet.paste(_fit(picture), (left + k * (_SIDE + 2), top))
-            lines = textwrap.wrap(words, max(10, span // 6))[:_LINES]
-            draw.text((left, top + height + 2), "\n".join(lines), fill=_INK, font=font)
+            text = "\n".join(wrapped[words])
+            draw.text((left, top + height + 2), text, fill=_INK, font=font)
             left += span + _GAP
     return sheet
 

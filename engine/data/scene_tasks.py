@@ -103,7 +103,7 @@ def _interactive(rng: np.random.Generator, split: str) -> Draft:
 
 
 def _generation(rng: np.random.Generator, split: str) -> Draft:
-    scene = random_scene(rng, split, max_num=MAX_DRAWN, all_unseen=True)
+    scene = random_scene(rng, split, max_num=MAX_DRAWN, all_unseen=True, anchored=True)
     text = caption(rng, scene)
     return Draft(kind=f"objects_{len(scene.objects)}", scene=scene, text=text, after=scene)
 

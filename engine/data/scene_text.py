@@ -144,7 +144,7 @@ PLACE_PHRASES: dict[str, tuple[str, ...]] = {
     "top": ("at the top in the middle", "at the top centre", "at the middle of the top edge"),
     "top right": ("in the top right corner", "in the upper right", "at the top right"),
     "left": ("at the left in the middle", "at the middle of the left side", "at the left edge"),
-    "centre": ("in the centre", "in the middle of the picture", "at the very centre"),
+    "centre": ("in the centre", "in the middle of the picture", "at the centre"),
     "right": ("at the right in the middle", "at the middle of the right side", "at the right edge"),
     "bottom left": ("in the bottom left corner", "in the lower left", "at the bottom left"),
     "bottom": (
