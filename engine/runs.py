@@ -24,7 +24,7 @@ PROJECTORS = (
     "front.next_position.*",
     "front.mask_queries",
 )
-LANGUAGE = ("trunk.*", "front.token_embedding.*", "heads.lm_head.*")
+LANGUAGE = ("trunk.*", "front.token_embedding.*")  # the head is tied to the table
 MASK_DECODER = ("heads.segment.*",)
 MASK_ATTENTION = ("*.attn2.*", "heads.diffusion.mask_projection.*")
 TOKENIZER = ("front.fusion.attention.*", "front.tokenizer.*", "scratch.*")
@@ -34,20 +34,19 @@ def _rates(rate: float, *groups: tuple[str, ...]) -> dict[str, float]:
     return {glob: rate for group in groups for glob in group}
 
 
-def focus_tiny_stage0() -> Run:
-    """Encoders, VAE and trunk from nothing, standing in for public checkpoints."""
+def focus_tiny_stage0_vision() -> Run:
+    """Encoders and VAE from nothing, standing in for public checkpoints."""
     return Run(
-        name="focus_tiny_stage0",
+        name="focus_tiny_stage0_vision",
         stage="foundation",
         model="focus_tiny",
-        steps=2000,
-        micro_batches=(("dense", 16), ("text", 32)),
+        steps=1500,
+        micro_batches=(("dense", 16), ("latent", 6)),
         rates={
             "scratch.*": 2e-3,
             "front.vanilla.*": 1e-3,
             "front.hierarchical.*": 2e-3,
             "heads.diffusion.vae.*": 2e-3,
-            **_rates(1e-3, LANGUAGE),
         },
         schedule="cosine",
         warmup=100,
@@ -58,22 +57,41 @@ def focus_tiny_stage0() -> Run:
     )
 
 
+def focus_tiny_stage0_language() -> Run:
+    """Trunk and token table on the world's text, standing in for a public language model."""
+    return Run(
+        name="focus_tiny_stage0_language",
+        stage="foundation",
+        model="focus_tiny",
+        steps=200,
+        micro_batches=(("text", 64),),
+        rates=_rates(1e-3, LANGUAGE),
+        schedule="cosine",
+        warmup=30,
+        floor=0.1,
+        precision="bf16",
+        init_from="focus_tiny_stage0_vision",
+        save_every=100,
+        panel_every=0,
+    )
+
+
 def focus_tiny_stage1_tokenizer() -> Run:
     """Dual tokenizer (stage 1a)."""
     return Run(
         name="focus_tiny_stage1_tokenizer",
         stage="tokenizer",
         model="focus_tiny",
-        steps=3000,
-        micro_batches=(("vqa", 16),),
+        steps=1300,
+        micro_batches=(("vqa", 12),),
         rates=_rates(1e-3, TOKENIZER),
         schedule="cosine",
         warmup=100,
         floor=0.02,
         precision="bf16",
-        init_from="focus_tiny_stage0",
+        init_from="focus_tiny_stage0_language",
         save_every=250,
-        extra={"gan_channels": 16, "gan_start": 2400, "gan_warm": 2200, "perceptual": 0.1},
+        extra={"gan_channels": 16, "gan_start": 1000, "gan_warm": 900, "perceptual": 0.1},
     )
 
 
@@ -83,7 +101,7 @@ def focus_tiny_stage1_diffusion() -> Run:
         name="focus_tiny_stage1_diffusion",
         stage="diffusion",
         model="focus_tiny",
-        steps=4000,
+        steps=1500,
         micro_batches=(("vqa", 16),),
         rates={"heads.diffusion.unet.*": 1e-3},
         schedule="cosine",
@@ -102,7 +120,7 @@ def focus_tiny_stage2() -> Run:
         name="focus_tiny_stage2",
         stage="warmup",
         model="focus_tiny",
-        steps=200,
+        steps=100,
         micro_batches=(("vqa", 32),),
         rates=_rates(1e-3, PROJECTORS, ("front.token_embedding.*",)),
         warmup=20,
@@ -170,7 +188,8 @@ def focus_tiny_stage4() -> Run:
 
 
 TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
-    focus_tiny_stage0,
+    focus_tiny_stage0_vision,
+    focus_tiny_stage0_language,
     focus_tiny_stage1_tokenizer,
     focus_tiny_stage1_diffusion,
     focus_tiny_stage2,

@@ -13,7 +13,9 @@ from focus.batch import IGNORE
 CHUNK = 4096  # positions whose logits exist at once: 283 k logits of a long batch never do
 
 
-def language_loss(hidden: Tensor, labels: Tensor, table: Tensor, weight: Tensor | None = None) -> Tensor:
+def language_loss(
+    hidden: Tensor, labels: Tensor, table: Tensor, weight: Tensor | None = None
+) -> Tensor:
     """Mean next-token cross-entropy over labelled positions.
 
     hidden [B, T, D], labels [B, T] already shifted (IGNORE carries no loss), table [V, D].
@@ -24,7 +26,9 @@ def language_loss(hidden: Tensor, labels: Tensor, table: Tensor, weight: Tensor 
     states, targets = hidden[where], labels[where]
     if targets.numel() == 0:
         return hidden.sum() * 0.0
-    scale = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[where].float()
+    scale = (
+        torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[where].float()
+    )
     total = hidden.new_zeros((), dtype=torch.float32)
     for state, target, part in zip(
         states.split(CHUNK), targets.split(CHUNK), scale.split(CHUNK), strict=True

@@ -107,7 +107,9 @@ class Front(nn.Module):
     @torch.no_grad()
     def tokenize(self, pictures: Pictures) -> Codes:
         """Return the discrete semantic and pixel codes of pictures (frozen stage-1 tokenizer)."""
-        fused = self.fusion(self.vanilla(pictures.vanilla), self.hierarchical(pictures.hierarchical))
+        fused = self.fusion(
+            self.vanilla(pictures.vanilla), self.hierarchical(pictures.hierarchical)
+        )
         return self.tokenizer.encode(fused.e_prime, self.tokenizer.pixel_encoder(pictures.pixel))
 
     def embed_tokens(self, input_ids: Tensor, grid: Tensor, next_grid: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.collate import to_pictures
 from engine.data.scene_draw import render
 from engine.data.scene_model import COLOURS, SHAPES, Scene, random_scene, stream
 from focus.batch import Pictures, move
 from focus.config import SCALES, FocusConfig
+from focus.inputs import to_pictures
 
 STRIDE = 4  # of the label maps
 CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1)  # 0 is background

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from engine.data.collate import resize, to_pictures
 from engine.data.source import config_of, draw_records
 from engine.run import Run
 from engine.stages.panel import tile
 from engine.stages.stage import Micro, Stage, load_initial
 from focus.batch import Pictures
 from focus.config import FocusConfig
+from focus.inputs import resize, to_pictures
 from focus.model import FocusModel
 
 
@@ -41,7 +41,9 @@ class DiffusionStage(Stage):
             number, size = 0, 64
             micro = Micro(number=number, task=run.micro_batches[0][0], size=size)
             pictures = self.batches(run, 0, micro)
-            model.heads.diffusion.vae.measure(resize(pictures.hierarchical, output_size(model.config)))
+            model.heads.diffusion.vae.measure(
+                resize(pictures.hierarchical, output_size(model.config))
+            )
         return model
 
     def batches(self, run: Run, step: int, micro: Micro) -> Pictures:

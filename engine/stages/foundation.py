@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from engine.data.scenes import texts
 from engine.data.words import pack_texts, tiny_vocabulary
 from engine.run import Run
 from engine.stages.dense import DenseBatch, DenseHeads, draw_dense
-from engine.stages.stage import Micro, Stage
-from focus.batch import Batch
+from engine.stages.stage import Micro, Stage, load_initial
+from focus.batch import Batch, Pictures
 from focus.config import CONFIGS, FocusConfig
 from focus.diffusion.vae import vae_losses
 from focus.losses import language_loss
@@ -38,18 +37,19 @@ class FoundationStage(Stage):
     """Micro-batches "dense" (encoders), "latent" (VAE) and "text" (trunk)."""
 
     def build(self, run: Run) -> nn.Module:
-        """Return a fresh model; nothing is loaded."""
-        return FoundationModel(CONFIGS[run.model]())
+        """Return a fresh model, or the previous part of stage 0."""
+        model = FoundationModel(CONFIGS[run.model]())
+        load_initial(model, run.init_from)
+        return model
 
-    def batches(self, run: Run, step: int, micro: Micro) -> DenseBatch | Batch:
+    def batches(self, run: Run, step: int, micro: Micro) -> DenseBatch | Pictures | Batch:
         """Draw scenes or texts; a pure function of its arguments."""
         config = CONFIGS[run.model]()
-        first = micro.first_sample(run, step)
         if micro.task == "text":
-            vocabulary = tiny_vocabulary(config)
-            seed = micro.seed(run, step)
-            return pack_texts(texts("train", seed, micro.size), vocabulary)
-        return draw_dense(config, run.seed, first, micro.size)
+            lines = texts("train", micro.seed(run, step), micro.size)
+            return pack_texts(lines, tiny_vocabulary(config))
+        drawn = draw_dense(config, run.seed, micro.first_sample(run, step), micro.size)
+        return drawn.pictures if micro.task == "latent" else drawn
 
     def losses(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
         """Return the terms of whichever part the micro-batch trains."""
@@ -58,13 +58,12 @@ class FoundationStage(Stage):
             hidden, _ = model(batch)
             table = model.heads.lm_head.weight
             return {"text": language_loss(hidden, batch.labels, table)}
+        if isinstance(batch, Pictures):
+            latent = vae_losses(model.heads.diffusion.vae, batch.pixel)
+            return {f"latent/{name}": value for name, value in latent.items()}
         maps = model.front.hierarchical(batch.pictures.hierarchical)
-        terms: dict[str, Tensor] = model.scratch(
-            maps, model.front.vanilla(batch.pictures.vanilla), batch
-        )
-        with torch.autocast("cpu", enabled=False):
-            target = batch.pictures.pixel
-            terms.update(vae_losses(model.heads.diffusion.vae, target))
+        low = model.front.vanilla(batch.pictures.vanilla)
+        terms: dict[str, Tensor] = model.scratch(maps, low, batch)
         return terms
 
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from engine.data.collate import resize
 from engine.stages.diffusion import output_size
 from engine.stages.multimodal import MultimodalStage, Step, best_mask, resize_masks
 from engine.stages.panel import tile, tint
 from focus.batch import Batch
+from focus.inputs import resize
 from focus.model import FocusModel
 
 

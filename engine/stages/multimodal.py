@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.collate import collate
 from engine.data.source import config_of, draw_records
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
 from engine.stages.panel import tile, tint
 from engine.stages.stage import Micro, Stage, load_initial
 from focus.batch import IGNORE, Batch
+from focus.inputs import collate
 from focus.losses import expected_code_loss, language_loss
 from focus.model import CONDITION_KINDS, Features, FocusModel
-from focus.sequence import fill_codes
 from focus.segment.loss import segmentation_losses
 from focus.segment.predictor import Prediction
+from focus.sequence import fill_codes
 from focus.tokenizer.dual import Codes
 
 

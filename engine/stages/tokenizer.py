@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from engine.data.collate import to_pictures
 from engine.data.source import config_of, draw_records
 from engine.run import Run
 from engine.stages.panel import tile
 from engine.stages.stage import Micro, Stage, load_initial
 from focus.batch import Pictures
 from focus.config import FocusConfig
+from focus.inputs import to_pictures
 from focus.model import FocusModel
 from focus.tokenizer.adversary import Adversary, Discriminator, PerceptualLoss
 from focus.tokenizer.dual import TokenizerWeights

@@ -1,10 +1,11 @@
-"""Records to `Batch`: one decode feeds every resolution, one builder writes every sequence."""
+"""Samples to `Batch`: one decode feeds every resolution, one builder writes every sequence."""
 
 # B batch, N masks, R regions, P points, H W picture in the hierarchical encoder's frame
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.data.records import Image, Mask, Record
 from focus import prompts
 from focus.batch import Batch, Pictures
 from focus.config import FocusConfig
@@ -20,6 +20,24 @@ from focus.geometry import letterbox
 from focus.regions import sample_points
 from focus.sequence import collate as join
 from focus.vocabulary import Vocabulary
+
+Image = npt.NDArray[np.uint8]  # [H, W, 3] RGB
+Mask = npt.NDArray[np.bool_]  # [H, W]
+
+
+class Sample(prompts.RecordLike, Protocol):
+    """What a batch is made of: a training record or a request."""
+
+    @property
+    def image(self) -> Image | None: ...  # noqa: D102
+    @property
+    def regions(self) -> Sequence[Mask]: ...  # noqa: D102
+    @property
+    def masks(self) -> Sequence[Mask]: ...  # noqa: D102
+    @property
+    def labels(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def target(self) -> Image | None: ...  # noqa: D102
 
 
 def to_pictures(images: Sequence[Image], config: FocusConfig) -> Pictures:
@@ -56,16 +74,22 @@ def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 
 def collate(
-    records: Sequence[Record], config: FocusConfig, vocabulary: Vocabulary, *, seed: int | None = None
+    records: Sequence[Sample],
+    config: FocusConfig,
+    vocabulary: Vocabulary,
+    *,
+    seed: int | None = None,
+    until: prompts.Until = "end",
 ) -> Batch:
-    """Build one batch of records of one task; `seed` makes region sampling random (None: evenly).
+    """Build one batch of samples of one task.
 
+    `seed` makes the points of regions random (None: evenly spaced); `until` as in `prompts.build`.
     Raises ValueError when tasks differ.
     """
     tasks = {record.task for record in records}
     if len(tasks) != 1:
         raise ValueError(f"records of one task expected, got {sorted(tasks)}; batch them by task")
-    sequences = [prompts.build(record, vocabulary, config) for record in records]
+    sequences = [prompts.build(record, vocabulary, config, until=until) for record in records]
     fields: dict[str, object] = {**join(sequences, pad_id=vocabulary.pad_id)}
     size = config.hierarchical.image_size
     images = [record.image for record in records if record.image is not None]
@@ -82,7 +106,7 @@ def collate(
 
 
 def _region_fields(
-    records: Sequence[Record], config: FocusConfig, seed: int | None
+    records: Sequence[Sample], config: FocusConfig, seed: int | None
 ) -> dict[str, Tensor]:
     size, points = config.hierarchical.image_size, config.region.num_points
     most = max(len(record.regions) for record in records)
@@ -94,7 +118,7 @@ def _region_fields(
     return {"region_points": torch.from_numpy(found)}
 
 
-def _mask_fields(records: Sequence[Record], size: tuple[int, int]) -> dict[str, Tensor]:
+def _mask_fields(records: Sequence[Sample], size: tuple[int, int]) -> dict[str, Tensor]:
     most = max(len(record.masks) for record in records)
     masks: npt.NDArray[np.bool_] = np.zeros((len(records), most, *size), np.bool_)
     labels = np.full((len(records), most), -1, np.int64)

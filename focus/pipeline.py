@@ -1,0 +1,188 @@
+"""A request's life: pictures and prompt -> words -> masks -> visual tokens -> picture.
+
+Every function takes a batch of requests of one task; rows do not influence one another.
+"""
+
+# B requests, T positions, D width, N mask queries
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from focus import prompts
+from focus.batch import Batch
+from focus.buckets import bucket_of
+from focus.generate import (
+    State,
+    Words,
+    append,
+    decode_picture,
+    decode_text,
+    picture_room,
+)
+from focus.grammar import Drawing, Keep, keep_outside
+from focus.inputs import collate, resize
+from focus.llm import KVCache
+from focus.model import CONDITION_KINDS, Features, FocusModel, pool_conditions
+from focus.request import Request
+from focus.sampling import Sampling
+from focus.segment.predictor import Prediction
+from focus.settings import Settings
+from focus.tokenizer.dual import Codes
+from focus.vocabulary import Vocabulary
+
+
+@dataclass
+class Session:
+    """Requests that have been read: what every later step starts from."""
+
+    requests: Sequence[Request]
+    batch: Batch
+    features: Features | None
+    hidden: Tensor  # [B, T, D] of the prompt
+    state: State
+
+
+class Pipeline:
+    """Runs a `FocusModel` without gradients, in evaluation mode."""
+
+    def __init__(self, model: FocusModel, vocabulary: Vocabulary, settings: Settings) -> None:
+        self.model = model.eval()
+        self.vocabulary = vocabulary
+        self.settings = settings
+
+    @torch.no_grad()
+    def open(self, requests: Sequence[Request], features: Features | None = None) -> Session:
+        """Read prompts and pictures into a cache; `features` reuses an encoded picture."""
+        config = self.model.config
+        batch = collate(requests, config, self.vocabulary, until="answer")
+        if features is None and batch.pictures is not None:
+            features = self.model.front.encode(batch.pictures)
+        embeddings = self.model.front.embed(batch, features)
+        room = self.settings.words + 2 + config.segment.num_queries
+        room += picture_room(bucket_of(config)) + 2
+        cache = KVCache(
+            config.llm,
+            len(requests),
+            embeddings.shape[1] + room,
+            embeddings.dtype,
+            embeddings.device,
+        )
+        state = State(cache, embeddings.new_zeros(len(requests), embeddings.shape[2]))
+        hidden = append(self.model, state, embeddings, batch.lengths)
+        return Session(requests, batch, features, hidden, state)
+
+    def say(self, session: Session) -> list[Words]:
+        """Decode the words of each row: an answer, or names up to [SEG]."""
+        segments = session.batch.task in CONDITION_KINDS
+        stop = self.vocabulary.seg_id if segments else self.vocabulary.eos_id
+        return decode_text(
+            self.model,
+            session.state,
+            self.vocabulary,
+            stop=[stop],
+            max_tokens=self.settings.words,
+            seeds=[request.seed for request in session.requests],
+        )
+
+    @torch.no_grad()
+    def segment(self, session: Session) -> Prediction:
+        """Read the mask queries into the cache in one pass and predict masks (eq. 5)."""
+        assert session.features is not None and session.batch.num_conditions is not None
+        states = append(self.model, session.state, self.model.front.mask_queries)
+        conditions = pool_conditions(
+            session.hidden, session.batch.condition, int(session.batch.num_conditions.max())
+        )
+        prediction: Prediction = self.model.heads.segment(
+            session.features.maps, states, conditions, CONDITION_KINDS[session.batch.task]
+        )
+        return prediction
+
+    def draw(
+        self,
+        session: Session,
+        *,
+        sampling: Sampling,
+        masks: Sequence[np.ndarray] | None = None,
+    ) -> list[Drawing]:
+        """Write the visual tokens of each row; `masks` [H, W] say where an edit may write."""
+        unconditional = self._unconditional(session) if sampling.guidance != 1.0 else None
+        bucket = bucket_of(self.model.config)
+        return decode_picture(
+            self.model,
+            session.state,
+            self.vocabulary,
+            [bucket] * len(session.requests),
+            sampling=sampling,
+            unconditional=unconditional,
+            seeds=[request.seed for request in session.requests],
+            keep=None if masks is None else self._kept(session, masks),
+        )
+
+    @torch.no_grad()
+    def paint(
+        self, drawings: Sequence[Drawing], masks: Tensor | None, requests: Sequence[Request]
+    ) -> Tensor:
+        """Turn codes into pictures [B, 3, H, W] in [0, 1]; `masks` [B, 1, h, w] guide the decoder."""
+        settings, heads = self.settings, self.model.heads
+        codes = Codes(
+            semantic=torch.stack([torch.from_numpy(d.semantic) for d in drawings]),
+            pixel=torch.stack([torch.from_numpy(d.pixel) for d in drawings]),
+        )
+        tokenizer = self.model.front.tokenizer
+        if settings.decoder == "pixel":
+            return tokenizer.decode(codes).clamp(0, 1)
+        height, width = self.model.config.pixel.image_size
+        scale = self.model.config.diffusion.upscale
+        size = (height * scale, width * scale)
+        stride = self.model.config.diffusion.vae.stride
+        shape = (self.model.config.diffusion.vae.latent_channels, *(s // stride for s in size))
+        noise = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
+        )
+        return heads.diffusion.sample(
+            tokenizer.embed(codes),
+            masks,
+            settings.steps,
+            settings.guidance,
+            torch.Generator().manual_seed(requests[0].seed),
+            settings.scheduler,
+            size=size,
+            noise=noise,
+        )
+
+    def _unconditional(self, session: Session) -> State:
+        """Read the other branch of guidance up to where its picture begins."""
+        others = []
+        for request in session.requests:
+            prompt = prompts.Prompt.of(request).unconditional()
+            others.append(replace(request, text=prompt.text, answer=prompt.answer, regions=()))
+        other = self.open(others, session.features)
+        if session.batch.task in CONDITION_KINDS:
+            self.say(other)
+            append(self.model, other.state, self.model.front.mask_queries)
+        return other.state
+
+    def _kept(self, session: Session, masks: Sequence[np.ndarray]) -> list[Keep]:
+        """Return, for each row, the source's codes and which of them to copy."""
+        assert session.batch.pictures is not None
+        codes = self.model.front.tokenize(session.batch.pictures)
+        bucket = bucket_of(self.model.config)
+        return [
+            keep_outside(
+                torch.from_numpy(mask),
+                Drawing(bucket=bucket, semantic=semantic.numpy(), pixel=pixel.numpy()),
+            )
+            for mask, semantic, pixel in zip(masks, codes.semantic, codes.pixel, strict=True)
+        ]
+
+
+def to_uint8(pictures: Tensor, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Convert pictures [B, 3, h, w] in [0, 1] to uint8 [B, H, W, 3], resampled to `size`."""
+    fitted = pictures if size is None else resize(pictures, size)
+    return (fitted.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
