@@ -14,10 +14,10 @@ packages = find_namespace_packages(
 )
 package_dir = {}
 
-# The shipped weights lie in assets/ and are installed inside `focus`, where they are looked up.
+# The shipped weights lie in assets/; a wheel brings them as a package of data files.
 if Path("assets").is_dir():
-    packages.append("focus.assets")
-    package_dir["focus.assets"] = "assets"
+    packages.append("focus_assets")
+    package_dir["focus_assets"] = "assets"
 
 setup(
     packages=packages,
@@ -26,7 +26,7 @@ setup(
         "": ["*.json", "*.md", "*.typed"],
         "kernels": ["csrc/**/*", "**/*.cpp", "**/*.h", "**/*.cu"],
         "engine": ["**/*.html", "**/*.css", "**/*.js"],
-        "focus.assets": ["**/*"],
+        "focus_assets": ["**/*"],
     },
     include_package_data=False,
 )

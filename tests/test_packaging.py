@@ -97,7 +97,7 @@ def test_wheel_holds_every_file_of_the_floors(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "docs/", "setup"))]
 
 
-def test_wheel_ships_the_weights_inside_focus(wheel: Path) -> None:
+def test_wheel_ships_the_weights(wheel: Path) -> None:
     shipped = {
         path.relative_to(ROOT / "assets").as_posix()
         for path in (ROOT / "assets").rglob("*")
@@ -105,7 +105,7 @@ def test_wheel_ships_the_weights_inside_focus(wheel: Path) -> None:
     }
     if not shipped:
         pytest.skip("this checkout holds no weights")
-    prefix = "focus/assets/"
+    prefix = "focus_assets/"
     names = {
         n.removeprefix(prefix) for n in zipfile.ZipFile(wheel).namelist() if n.startswith(prefix)
     }

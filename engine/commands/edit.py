@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         "text": text,
         "regions": options.region_report(args.regions),
         "seed": args.seed,
-        "names": result.names,
+        "answer": result.text,
         "share": float(result.mask.mean()),
         "edited": write_picture(result.image, args.out / f"{name}.edited.png"),
         "mask": write_mask(result.mask, args.out / f"{name}.mask.png"),
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     path = write_json(report, args.out / f"{name}.json")
     lines = [f"note: {note}" for note in picture.notes]
     lines += [
-        f"changed: {', '.join(result.names) or 'the picture'}, {100 * report['share']:.1f} % of it",
+        f"changed: {result.text or 'the picture'}, {100 * report['share']:.1f} % of it",
         f"{report['edited']}",
         f"{report['before_after']} ({seconds:.2f} s)",
     ]

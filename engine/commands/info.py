@@ -6,9 +6,12 @@ import argparse
 import importlib.util
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.commands import options
+
+if TYPE_CHECKING:
+    from focus.config import FocusConfig
 
 HELP = "show the parts and sizes of a config, and what this machine offers"
 EXAMPLES = ("focus info", "focus info focus_3b --json")
@@ -56,24 +59,15 @@ def run(args: argparse.Namespace) -> int:
     return options.reply(report, lines, args.json)
 
 
-def find_config(name: str) -> Any:
-    """Return a config by name, or the one that lies in a folder of weights."""
-    import json
-    from pathlib import Path
+def find_config(name: str) -> FocusConfig:
+    """Return a config by name, or the one of a model directory or a shipped model."""
+    from focus.config import CONFIGS
+    from focus.pretrained import find_model, read_config
 
-    from focus.config import CONFIGS, from_json
-
-    if name.replace("-", "_") in CONFIGS:
-        return CONFIGS[name.replace("-", "_")]()
-    path = Path(name) / "config.json"
-    if not path.is_file():
-        raise options.UsageError(
-            f"no config {name!r}; there are {', '.join(CONFIGS)}, or give a folder with config.json"
-        )
-    return from_json(json.loads(path.read_text(encoding="utf-8")))
+    return CONFIGS[name]() if name in CONFIGS else read_config(find_model(name))
 
 
-def count_parameters(config: Any) -> dict[str, int]:
+def count_parameters(config: FocusConfig) -> dict[str, int]:
     """Parameters of each part, built on the meta device so that no memory is needed."""
     import torch
 

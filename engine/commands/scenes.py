@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.commands import options
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from engine.data.records import Record
+    from engine.data.records import Image, Mask, Record
 
 HELP = "write sample pictures of the built-in world with their truth"
 EXAMPLES = (
-    "focus scenes --out out/scenes --num 14 --seed 1",
-    "focus scenes --task editing --split test_unseen --size 256 --num 4",
+    "focus scenes --out out/scenes --num 4 --seed 1",
+    "focus scenes --split test_unseen --size 256",
 )
 SPLITS = ("train", "val", "test", "test_unseen")
 
@@ -25,11 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num",
         type=options.whole(1, 100_000),
-        default=14,
+        default=4,
         metavar="N",
-        help="samples, going round the tasks (%(default)s)",
+        help="samples of each task (%(default)s)",
     )
-    parser.add_argument("--task", metavar="TASK", help="only this task")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which scenes (%(default)s)")
     parser.add_argument(
         "--size",
@@ -43,44 +42,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw samples; write for each the input, masks, target, a panel and the truth as JSON."""
+    """Write a sheet of each task to look at, and every sample's files in a folder of its task."""
     from engine.data.records import TASKS
-    from engine.data.scenes import sample
+    from engine.data.scenes import sample, write_samples
 
-    if args.task is not None and args.task not in TASKS:
-        raise options.UsageError(f"no task {args.task!r}; there are {', '.join(TASKS)}")
-    tasks = (args.task,) if args.task else TASKS
-    found = []
-    for number in range(args.num):
-        task = tasks[number % len(tasks)]
-        record = sample(task, args.split, args.seed, number // len(tasks), args.size)
-        found.append(write_record(record, args, f"{number:04d}-{task}"))
+    sheets = write_samples(args.out, args.num, args.seed, args.size, args.split)
+    samples = []
+    for task in TASKS:
+        for number in range(args.num):
+            record = sample(task, args.split, args.seed, number, args.size)
+            samples.append(write_record(record, args.out / task, f"{number:04d}"))
     report = {
         "command": "scenes",
         "split": args.split,
         "seed": args.seed,
         "size": args.size,
-        "samples": found,
+        "sheets": sheets,
+        "samples": samples,
     }
-    return options.reply(report, [f"{item['panel']}  {item['text']}" for item in found], args.json)
+    return options.reply(report, [str(path) for path in sheets], args.json)
 
 
-def write_record(record: Record, args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Write the files of one sample and return its truth with their paths."""
-    from PIL import Image
+def write_record(record: Record, folder: Path, name: str) -> dict[str, Any]:
+    """Write input, masks, regions, target and truth of one sample; return the truth."""
+    from PIL import Image as Pillow
 
     from engine.pictures import write_json, write_mask, write_picture
 
-    def put(suffix: str, picture: Any) -> str:
-        return str(write_picture(Image.fromarray(picture), args.out / f"{name}.{suffix}.png"))
+    def put(what: str, picture: Image | None) -> Path | None:
+        if picture is None:
+            return None
+        return write_picture(Pillow.fromarray(picture), folder / f"{name}.{what}.png")
 
-    def put_masks(suffix: str, masks: Any) -> list[str]:
-        return [
-            str(write_mask(mask, args.out / f"{name}.{suffix}-{number}.png"))
-            for number, mask in enumerate(masks, 1)
-        ]
+    def put_all(what: str, masks: Sequence[Mask]) -> list[Path]:
+        paths = [folder / f"{name}.{what}-{number}.png" for number in range(1, len(masks) + 1)]
+        return [write_mask(mask, path) for mask, path in zip(masks, paths, strict=True)]
 
-    truth: dict[str, Any] = {
+    truth = {
         "id": record.id,
         "task": record.task,
         "kind": record.kind,
@@ -89,33 +87,10 @@ def write_record(record: Record, args: argparse.Namespace, name: str) -> dict[st
         "classes": record.classes,
         "labels": record.labels,
         "region_kinds": record.region_kinds,
-        "image": None if record.image is None else put("image", record.image),
-        "target": None if record.target is None else put("target", record.target),
-        "masks": put_masks("mask", record.masks),
-        "regions": put_masks("region", record.regions),
-        "panel": str(write_picture(record_panel(record), args.out / f"{name}.png")),
+        "image": put("image", record.image),
+        "target": put("target", record.target),
+        "masks": put_all("mask", record.masks),
+        "regions": put_all("region", record.regions),
     }
-    write_json(truth, args.out / f"{name}.json")
+    write_json(truth, folder / f"{name}.json")
     return truth
-
-
-def record_panel(record: Record) -> Image.Image:
-    """Return everything a sample holds as one captioned picture."""
-    from PIL import Image
-
-    from engine.show import overlay, presentable, strip
-
-    panels: list[tuple[str, Image.Image]] = []
-    if record.image is not None:
-        image = Image.fromarray(record.image)
-        panels.append(("input", presentable(image)))
-        if record.regions:
-            panels.append(
-                (f"regions: {', '.join(record.region_kinds)}", overlay(image, record.regions))
-            )
-        if record.masks:
-            panels.append(("masks", overlay(image, record.masks)))
-    if record.target is not None:
-        panels.append(("target", presentable(Image.fromarray(record.target))))
-    words = [record.text, ", ".join(record.classes), record.answer and f"-> {record.answer}"]
-    return strip(panels, " ".join(filter(None, [f"{record.task}:", *words])))

@@ -34,7 +34,7 @@ class SegmentResult:
 class EditResult:
     image: Image.Image
     mask: np.ndarray
-    names: list[str]
+    text: str
 
 
 @dataclass
@@ -53,7 +53,7 @@ class FakeModel:
         self.calls.append(("edit", {"text": text, **given}))
         mask = np.zeros(SIZE[::-1], bool)
         mask[:10] = True
-        return EditResult(Image.new("RGB", image.size, (1, 2, 3)), mask, ["red circle"])
+        return EditResult(Image.new("RGB", image.size, (1, 2, 3)), mask, "red circle")
 
     def generate(self, text: str, **given: Any) -> Image.Image:
         self.calls.append(("generate", {"text": text, **given}))
@@ -220,6 +220,28 @@ def test_generate_and_chat(
     assert json.loads((tmp_path / "a-photo.json").read_text())["answer"] == "two"
 
 
+def test_scenes_writes_samples_of_every_task_with_their_truth(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["scenes", "--num", "1", "--seed", "3", "--size", "64", "--out", str(tmp_path)]
+    code, out, err = focus(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    from engine.data.records import TASKS
+    from engine.data.scenes import sample
+
+    assert [item["task"] for item in report["samples"]] == list(TASKS)
+    for item in report["samples"]:
+        record = sample(item["task"], "val", 3, 0, 64)
+        assert (item["text"], item["answer"]) == (record.text, record.answer)
+        for path, truth in zip(item["masks"], record.masks, strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(path)) > 0, truth)
+        for key in ("image", "target"):
+            if (truth := getattr(record, key)) is not None:
+                np.testing.assert_array_equal(np.asarray(Image.open(item[key])), truth)
+    assert all(Path(path).stat().st_size > 1000 for path in report["sheets"])
+
+
 BAD = {
     "no command": ([], "arguments are required"),
     "unknown command": (["paint"], "invalid choice"),
@@ -246,8 +268,8 @@ BAD = {
     "out is a file": (["generate", "x", "--out", "PHOTO"], "cannot be written"),
     "evaluate task": (["evaluate", "--tasks", "paint"], "no task paint"),
     "evaluate split": (["evaluate", "--split", "mine"], "invalid choice"),
-    "scenes task": (["scenes", "--task", "paint"], "no task 'paint'"),
-    "info config": (["info", "focus_9000b"], "no config"),
+    "scenes size": (["scenes", "--size", "4"], "32 to 2048"),
+    "info config": (["info", "focus_9000b"], "no model 'focus_9000b'"),
     "train nothing": (["train"], "RUN is missing"),
     "train unknown": (["train", "nothing"], "no run 'nothing'"),
 }
