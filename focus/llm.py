@@ -100,13 +100,14 @@ class KVCache:
 
     @staticmethod
     def join(caches: Sequence[KVCache]) -> KVCache:
-        """Return one cache with the rows of several of equal size, in order."""
-        sizes = sorted({cache.max_length for cache in caches})
-        if len(sizes) != 1:
-            raise ShapeError(f"caches of one max_length expected, got {sizes}; build them alike")
-        return caches[0]._like(
-            torch.cat([cache.keys for cache in caches], 1),
-            torch.cat([cache.values for cache in caches], 1),
+        """Return one cache with copies of the rows of several; the largest sets the size."""
+        largest = max(caches, key=lambda cache: cache.max_length)
+        spare = [largest.max_length - cache.max_length for cache in caches]
+        return largest._like(
+            torch.cat([F.pad(c.keys, (0, 0, 0, n)) for c, n in zip(caches, spare, strict=True)], 1),
+            torch.cat(
+                [F.pad(c.values, (0, 0, 0, n)) for c, n in zip(caches, spare, strict=True)], 1
+            ),
             torch.cat([cache.lengths for cache in caches]),
         )
 

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, Protocol
-
-import numpy as np
 
 from focus.batch import Source
 from focus.buckets import Bucket, bucket_of
 from focus.config import FocusConfig
-from focus.sequence import Ints, Piece, Sequence, assemble
+from focus.sequence import Ints, Piece, Sequence, assemble, picture_block
 from focus.vocabulary import Vocabulary
 
 INSTRUCTIONS: dict[str, str] = {
@@ -192,7 +189,7 @@ def _user(
         yield Piece.of(start + header + end + break_)
     yield Piece.of(start + vocabulary.encode("user") + break_)
     if prompt.image:
-        yield _picture(vocabulary, bucket, read=True)
+        yield picture_block(vocabulary, bucket, read=True)
         yield Piece.of(break_)
         queries = [vocabulary.pad_id] * config.adapter.num_queries
         yield Piece.of(queries, Source.ADAPTER)
@@ -250,7 +247,7 @@ def _answer(prompt: Prompt, vocabulary: Vocabulary, config: FocusConfig) -> Iter
 def _picture_out(
     vocabulary: Vocabulary, bucket: Bucket, codes: tuple[Ints, Ints] | None
 ) -> Iterator[Piece]:
-    piece = _picture(vocabulary, bucket, read=False)
+    piece = picture_block(vocabulary, bucket, read=False)
     if codes is None:
         yield piece
         return
@@ -263,48 +260,3 @@ def _picture_out(
             raise PromptError(f"level {level} codes below {allowed.stop - allowed.start} expected")
         ids[piece.grid[:, 0] == level] = values.reshape(-1) + allowed.start
     yield replace(piece, ids=ids)
-
-
-def _picture(vocabulary: Vocabulary, bucket: Bucket, *, read: bool) -> Piece:
-    """Tags and block of one picture: features when read, codes (0 so far) when written."""
-    tags = (vocabulary.height_id(bucket.size[0]), vocabulary.width_id(bucket.size[1]))
-    starts = (vocabulary.semantic_ids.start, vocabulary.pixel_ids.start)
-    return _block(
-        tuple(vocabulary.structure.values()), tags, starts, bucket, vocabulary.pad_id, read
-    )
-
-
-@lru_cache(maxsize=256)
-def _block(
-    structure: tuple[int, ...],
-    tags: tuple[int, int],
-    starts: tuple[int, int],
-    bucket: Bucket,
-    pad_id: int,
-    read: bool,
-) -> Piece:
-    begin, end, line, *levels = structure
-    ids: list[int] = [*tags, begin]
-    source = [Source.TOKEN] * 3
-    cells = [(-1, -1, -1)] * 3
-
-    def add(index: int, cell: tuple[int, int, int] = (-1, -1, -1)) -> None:
-        visual = read and cell[0] >= 0
-        ids.append(pad_id if visual else index)
-        source.append(Source(Source.SEMANTIC + cell[0]) if visual else Source.TOKEN)
-        cells.append(cell)
-
-    for level, (rows, columns) in enumerate(bucket.grids):
-        add(levels[2 * level])
-        for row in range(rows):
-            for column in range(columns):
-                add(starts[level], (level, row, column))
-            add(line)
-        add(levels[2 * level + 1])
-    add(end)
-    return Piece(
-        np.array(ids, np.int64),
-        np.array(source, np.uint8),
-        np.array(cells, np.int16),
-        learn=not read,
-    )

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from focus.batch import IGNORE, Batch, Source
+from focus.buckets import Bucket
 from focus.errors import ShapeError
 from focus.vocabulary import Vocabulary
 
@@ -88,6 +90,55 @@ class Piece:
             learn,
             condition,
         )
+
+
+def picture_block(vocabulary: Vocabulary, bucket: Bucket, *, read: bool) -> Piece:
+    """Return resolution tags and block of one picture.
+
+    <height> <width> SOI, for each level SOL {row of cells, EOL} EOL_level, EOI. The cells are
+    continuous features when the picture is read, discrete codes (0 so far) when it is written.
+    """
+    tags = (vocabulary.height_id(bucket.size[0]), vocabulary.width_id(bucket.size[1]))
+    starts = (vocabulary.semantic_ids.start, vocabulary.pixel_ids.start)
+    return _block(
+        tuple(vocabulary.structure.values()), tags, starts, bucket, vocabulary.pad_id, read
+    )
+
+
+@lru_cache(maxsize=256)
+def _block(
+    structure: tuple[int, ...],
+    tags: tuple[int, int],
+    starts: tuple[int, int],
+    bucket: Bucket,
+    pad_id: int,
+    read: bool,
+) -> Piece:
+    begin, end, line, *levels = structure
+    ids: list[int] = [*tags, begin]
+    source = [Source.TOKEN] * 3
+    cells = [(-1, -1, -1)] * 3
+
+    def add(index: int, cell: tuple[int, int, int] = (-1, -1, -1)) -> None:
+        visual = read and cell[0] >= 0
+        ids.append(pad_id if visual else index)
+        source.append(Source(Source.SEMANTIC + cell[0]) if visual else Source.TOKEN)
+        cells.append(cell)
+
+    for level, (rows, columns) in enumerate(bucket.grids):
+        add(levels[2 * level])
+        for row in range(rows):
+            for column in range(columns):
+                add(starts[level], (level, row, column))
+            add(line)
+        add(levels[2 * level + 1])
+    add(end)
+    return Piece(
+        np.array(ids, np.int64),
+        np.array(source, np.uint8),
+        np.array(cells, np.int16),
+        learn=not read,
+    )
 
 
 def assemble(pieces: Many[Piece], num_regions: int) -> Sequence:

@@ -84,6 +84,7 @@ class Vocabulary:
         self.pad_id = self._special(PAD)
         self.im_start = self._special(IM_START)
         self.eos_id = self._special(IM_END)
+        self.special_ids = frozenset(tokenizer.get_added_tokens_decoder())  # never part of a text
         self._encoded: dict[str, tuple[int, ...]] = {}
 
     # ---------------------------------------------------------------- ids

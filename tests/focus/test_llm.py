@@ -113,13 +113,18 @@ def test_cache_truncate_select_and_join_keep_rows_apart(pair):
     cache = KVCache(CONFIG, 2, 16)
     ours(embeddings[:, :9], cache=cache)
     cache.truncate(torch.tensor([6, 9]))
-    swapped = KVCache.join([cache.select(torch.tensor([1])), cache.select(torch.tensor([0]))])
+    roomier = KVCache(CONFIG, 1, 20)
+    ours(embeddings[:1, :6], cache=roomier)
+    swapped = KVCache.join([cache.select(torch.tensor([1])), roomier])
     new = torch.randn(2, 3, CONFIG.dim)
     hidden = ours(new, cache=swapped)
+    kept = ours(new.flip(0), cache=cache)
     first = reference(theirs, torch.cat([embeddings[1:, :9], new[:1]], 1))[:, -3:]
     second = reference(theirs, torch.cat([embeddings[:1, :6], new[1:]], 1))[:, -3:]
     torch.testing.assert_close(hidden, torch.cat([first, second]), **TOLERANCE)
-    assert cache.lengths.tolist() == [6, 9]
+    torch.testing.assert_close(kept, torch.cat([second, first]), **TOLERANCE)
+    assert swapped.max_length == 20
+    assert cache.lengths.tolist() == [9, 12]
 
 
 @torch.no_grad()
