@@ -115,7 +115,8 @@ def _score_loss(
 ) -> Tensor:
     """Cross-entropy over candidates, or balanced binary cross-entropy; summed over sets.
 
-    For text and regions pos_weight = (n - n_pos) / n_pos over all real (query, candidate) pairs.
+    For text and regions pos_weight = (n - n_pos) / n_pos over all real (query, candidate) pairs,
+    1 where all or none are positive.
     """
     if kind == "class":
         scores = hide_absent(scores, num_conditions, kind)
@@ -130,7 +131,8 @@ def _score_loss(
     present = present.expand(scores.shape[1:]).float()
     count = present.sum().clamp(min=1.0)
     positives = target.sum(dim=(1, 2, 3), keepdim=True)
-    balance = torch.where(positives > 0, (count - positives) / positives.clamp(min=1.0), 1.0)
+    mixed = (positives > 0) & (positives < count)
+    balance = torch.where(mixed, (count - positives) / positives.clamp(min=1.0), 1.0)
     loss = F.binary_cross_entropy_with_logits(
         scores, target, weight=present, pos_weight=balance, reduction="sum"
     )

@@ -25,9 +25,14 @@ class LossWeights:
 
 
 def sample_at(maps: Tensor, points: Tensor) -> Tensor:
-    """Sample `maps` [B, C, H, W] bilinearly at `points` [B, P, 2] (x, y in [0, 1]): [B, C, P]."""
+    """Sample `maps` [B, C, H, W] bilinearly at `points` [B, P, 2] (x, y in [0, 1]): [B, C, P].
+
+    Beyond the outermost centres the edge repeats. (Mask2Former reads zeros there, which pulls every
+    logit within half a cell of the edge towards 0.)
+    """
     grid = (2.0 * points - 1.0)[:, None]
-    return F.grid_sample(maps, grid, mode="bilinear", align_corners=False)[:, :, 0]
+    sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled[:, :, 0]
 
 
 def mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
