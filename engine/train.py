@@ -91,9 +91,20 @@ def train(
 
 def build_engine(run: Run, stage: Stage, mesh: Mesh) -> Engine:
     """Return the engine that `run.parallel` asks for, around the stage's model."""
-    if run.parallel.megatron:
-        raise RunError("parallel.tp, pp, cp and vpp above 1 need parallel.trunk, not built yet")
     model = stage.build(run)
+    if run.parallel.megatron:
+        from parallel.split_engine import SplitEngine
+
+        if run.ema is not None:
+            raise RunError("a split model keeps no averaged copy; set ema=none")
+        return SplitEngine(
+            model,
+            run.optimizer(),
+            run.parallel,
+            mesh,
+            precision=run.precision,
+            seed=derive_seed(run.seed, "megatron"),
+        )
     return PlainEngine(model, run.optimizer(), mesh, precision=run.precision, ema=run.ema)
 
 

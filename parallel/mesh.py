@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,8 +68,16 @@ def open_mesh(layout: ParallelConfig, *, timeout: float = 1800.0) -> Iterator[Me
             device=device,
         )
     finally:
+        _close_megatron()
         if owned and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _close_megatron() -> None:
+    """Forget megatron-core's groups, if this process made any."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None and state.model_parallel_is_initialized():
+        state.destroy_model_parallel()
 
 
 def _data_rank(layout: ParallelConfig, rank: int) -> int:

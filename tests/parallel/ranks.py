@@ -21,7 +21,9 @@ def context() -> ForkServerContext:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # megatron's fusions by torch.compile cost more here
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["parallel.split_engine", "parallel.shards", "transformers"])
+    found.set_forkserver_preload(
+        ["parallel.split_engine", "parallel.shards", "focus.model", "engine.train"]
+    )
     return found
 
 
@@ -41,6 +43,10 @@ def run(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 1
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def world() -> int:
+    return dist.get_world_size()
 
 
 def start(

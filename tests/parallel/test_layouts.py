@@ -1,0 +1,78 @@
+"""Twenty steps of stages 2, 3 and 4 at every layout equal one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from parallel.layout import ParallelConfig
+from tests.parallel import ranks
+from tests.parallel.small import TASKS, SmallStage, small_run
+
+Curve = list[tuple[dict[str, float], float]]
+
+
+def curves(
+    rank: int, layout: ParallelConfig, stages: tuple[int, ...], steps: int, **changes: Any
+) -> dict[int, Curve]:
+    """(terms, gradient norm) of every step of each stage."""
+    from engine.run import derive_seed
+    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from parallel.mesh import open_mesh
+
+    found: dict[int, Curve] = {}
+    for number in stages:
+        data = 1 if layout.data_size(ranks.world()) == 1 else 2
+        tasks = TASKS[number][::data]
+        run = small_run(number, parallel=layout, micro_batches=tasks, **changes)
+        stage = SmallStage(number)
+        with open_mesh(layout) as mesh:
+            seed_everything(derive_seed(run.seed, "build"))
+            engine = build_engine(run, stage, mesh)
+            data_set = StepDataset(run, stage, mesh.data_rank, mesh.data_size)
+            found[number] = []
+            for step in range(steps):
+                report = engine.step(step, data_set[step], StepWork(run, stage, step, mesh))
+                found[number].append((dict(report.terms), report.grad_norm))
+    return found
+
+
+def run(size: int, layout: ParallelConfig, stages: tuple[int, ...] = (2, 3, 4)) -> dict[int, Curve]:
+    answers = ranks.run(size, curves, layout, stages, 20)
+    assert all(answer == answers[0] for answer in answers), "ranks report different numbers"
+    found: dict[int, Curve] = answers[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[int, Curve]:
+    return run(1, ParallelConfig())
+
+
+def worst(found: Curve, expected: Curve) -> float:
+    """Largest relative difference of any loss term or gradient norm over all steps."""
+    largest = 0.0
+    for (terms, norm), (true_terms, true_norm) in zip(found, expected, strict=True):
+        assert terms.keys() == true_terms.keys()
+        for name, value in terms.items():
+            largest = max(largest, abs(value - true_terms[name]) / abs(true_terms[name]))
+        largest = max(largest, abs(norm - true_norm) / true_norm)
+    return largest
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "megatron": (1, {"trunk": "megatron"}),
+    "tp2": (2, {"tp": 2}),
+    "tp2sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pp": 2}),
+    "tp2pp2": (4, {"tp": 2, "pp": 2}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_twenty_steps_equal_one_process(name: str, single: dict[int, Curve]) -> None:
+    size, layout = LAYOUTS[name]
+    found = run(size, ParallelConfig(**layout))
+    for stage, curve in found.items():
+        assert worst(curve, single[stage]) <= 1e-4, f"stage {stage}"
