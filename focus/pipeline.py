@@ -126,34 +126,32 @@ class Pipeline:
 
     @torch.no_grad()
     def paint(
-        self, drawings: Sequence[Drawing], masks: Tensor | None, requests: Sequence[Request]
+        self, codes: Codes, masks: Tensor | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Turn codes into pictures [B, 3, H, W] in [0, 1]; `masks` [B, 1, h, w] guide the decoder."""
-        settings, heads = self.settings, self.model.heads
-        codes = Codes(
-            semantic=torch.stack([torch.from_numpy(d.semantic) for d in drawings]),
-            pixel=torch.stack([torch.from_numpy(d.pixel) for d in drawings]),
-        )
+        """Turn codes into pictures [B, 3, H, W] in [0, 1].
+
+        masks: [B, 1, h, w] in [0, 1], where an edit changes the picture. seeds: one per row,
+        default 0; each row's noise depends on its own alone.
+        """
+        settings, config = self.settings, self.model.config
         tokenizer = self.model.front.tokenizer
         if settings.decoder == "pixel":
             return tokenizer.decode(codes).clamp(0, 1)
-        height, width = self.model.config.pixel.image_size
-        scale = self.model.config.diffusion.upscale
-        size = (height * scale, width * scale)
-        stride = self.model.config.diffusion.vae.stride
-        shape = (self.model.config.diffusion.vae.latent_channels, *(s // stride for s in size))
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
-        )
-        return heads.diffusion.sample(
+        height, width = config.pixel.image_size
+        size = (height * config.diffusion.upscale, width * config.diffusion.upscale)
+        stride = config.diffusion.vae.stride
+        shape = (config.diffusion.vae.latent_channels, *(s // stride for s in size))
+        seeds = [0] * len(codes.pixel) if seeds is None else seeds
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return self.model.heads.diffusion.sample(
             tokenizer.embed(codes),
             masks,
             settings.steps,
             settings.guidance,
-            torch.Generator().manual_seed(requests[0].seed),
+            torch.Generator().manual_seed(seeds[0]),
             settings.scheduler,
             size=size,
-            noise=noise,
+            noise=torch.stack(noise),
         )
 
     def _unconditional(self, session: Session) -> State:
@@ -180,6 +178,14 @@ class Pipeline:
             )
             for mask, semantic, pixel in zip(masks, codes.semantic, codes.pixel, strict=True)
         ]
+
+
+def codes_of(drawings: Sequence[Drawing]) -> Codes:
+    """Stack the codes of finished drawings of one size."""
+    return Codes(
+        semantic=torch.stack([torch.from_numpy(d.semantic) for d in drawings]),
+        pixel=torch.stack([torch.from_numpy(d.pixel) for d in drawings]),
+    )
 
 
 def to_uint8(pictures: Tensor, size: tuple[int, int] | None = None) -> np.ndarray:
