@@ -12,10 +12,12 @@ import torch
 from engine.data.scenes import texts
 from focus.batch import IGNORE, Batch, Source
 from focus.config import FocusConfig
+from focus.prompts import training_texts
 from focus.vocabulary import Vocabulary
 
-TEXT_SIZE = 600  # rows of the built-in world's BPE; its language has some four hundred words
-CORPUS = 20_000
+TEXT_SIZE = 700  # rows of the built-in world's BPE; its language has some four hundred words
+CORPUS = 12_000
+PROMPTS = 300  # times that the fixed strings of prompts join the corpus, so each word is one token
 
 
 @lru_cache(maxsize=4)
@@ -28,7 +30,7 @@ def tiny_vocabulary(config: FocusConfig) -> Vocabulary:
     if (shipped / "tokenizer.json").is_file():
         return Vocabulary.load(shipped)
     return Vocabulary.train(
-        texts("train", 0, CORPUS),
+        [*texts("train", 0, CORPUS), *training_texts(PROMPTS)],
         TEXT_SIZE,
         config.semantic.codebook.num_codes,
         config.pixel.codebook.num_codes,
