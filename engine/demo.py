@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.demo_page import Curve, Example, Figure, Section, render
 from engine.demo_sections import SECTIONS, SPLIT
 from engine.pictures import write_bytes, write_json
+
+if TYPE_CHECKING:
+    from focus import Focus
 
 TRAIN_STEPS = 5
 
@@ -41,7 +44,7 @@ def tell(line: str) -> None:
 
 
 def run_demo(
-    model: Any,
+    model: Focus,
     *,
     model_name: str,
     out: Path,
@@ -104,7 +107,7 @@ def summary(section: Section) -> str:
     return f"{good} of {len(judged)} good" if judged else f"{len(section.examples)} pictures"
 
 
-def measure(model: Any, seed: int, num: int, say: Say) -> dict[str, Any]:
+def measure(model: Focus, seed: int, num: int, say: Say) -> dict[str, Any]:
     """Evaluate `num` samples of each task on both test splits."""
     from engine.evaluate.tasks import evaluate
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from engine.data.records import REGION_KINDS, Mask, Record, RegionKind, Task
+from engine.data.scenes import FREE_KINDS, clip, requested, sample
 from engine.demo_page import Example, Section, Shot, Verdict
 from engine.evaluate.metrics import answers_match, edit_succeeds, iou, mean_abs_error, psnr
+from engine.evaluate.pixels import present
 from engine.show import overlay, spotlight
+
+if TYPE_CHECKING:
+    from focus import Focus
+    from focus.regions import Region
+    from focus.request import SegmentResult
 
 SPLIT = "test_unseen"
 SIZE = 256  # side of the scenes, pixels
@@ -21,20 +29,20 @@ CLIP_FRAMES = 12
 MAX_SEARCH = 200  # scenes looked at to find one of a wanted kind
 
 
-def records(task: Task, seed: int, kind: str | None = None) -> Iterator[Record]:
-    """Yield the unseen samples of a task in order, only those of a finer kind if one is given."""
-    from engine.data.scenes import sample
-
-    for index in range(MAX_SEARCH):
-        record = sample(task, SPLIT, seed, index, SIZE)
-        if kind is None or kind == record.kind or {kind} == set(record.region_kinds):
-            yield record
+def first(
+    task: Task, seed: int, number: int, wanted: Callable[[Record], bool] = lambda _: True
+) -> list[Record]:
+    """The first `number` unseen samples of a task that are wanted, in order."""
+    samples = (sample(task, SPLIT, seed, index, SIZE) for index in range(MAX_SEARCH))
+    return [record for record, _ in zip(filter(wanted, samples), range(number), strict=False)]
 
 
-def first(task: Task, seed: int, number: int, kind: str | None = None) -> list[Record]:
-    """The first `number` samples of a task."""
-    found = records(task, seed, kind)
-    return [record for _, record in zip(range(number), found, strict=False)]
+def _pointed_by(kind: str, record: Record) -> bool:
+    return set(record.region_kinds) == {kind}
+
+
+def _is_kind(kind: str, record: Record) -> bool:
+    return record.kind == kind
 
 
 def grade(value: float, good: float, fair: float) -> Verdict:
@@ -45,7 +53,7 @@ def grade(value: float, good: float, fair: float) -> Verdict:
 # ---- segmentation ------------------------------------------------------------------------------
 
 
-def referring(model: Any, seed: int) -> Section:
+def referring(model: Focus, seed: int) -> Section:
     """Referring segmentation."""
     return Section(
         name="referring",
@@ -55,7 +63,7 @@ def referring(model: Any, seed: int) -> Section:
     )
 
 
-def reasoning(model: Any, seed: int) -> Section:
+def reasoning(model: Focus, seed: int) -> Section:
     """Reasoning segmentation."""
     return Section(
         name="reasoning",
@@ -65,9 +73,13 @@ def reasoning(model: Any, seed: int) -> Section:
     )
 
 
-def interactive(model: Any, seed: int) -> Section:
+def interactive(model: Focus, seed: int) -> Section:
     """Interactive segmentation, one example of each kind of region."""
-    found = [record for kind in REGION_KINDS for record in first("interactive", seed, 1, kind)]
+    found = [
+        record
+        for kind in REGION_KINDS
+        for record in first("interactive", seed, 1, partial(_pointed_by, kind))
+    ]
     return Section(
         name="interactive",
         title="Find what you point at",
@@ -76,7 +88,7 @@ def interactive(model: Any, seed: int) -> Section:
     )
 
 
-def by_class(model: Any, seed: int) -> Section:
+def by_class(model: Focus, seed: int) -> Section:
     """Class-based segmentation."""
     return Section(
         name="class",
@@ -86,7 +98,7 @@ def by_class(model: Any, seed: int) -> Section:
     )
 
 
-def _segment(model: Any, record: Record) -> Example:
+def _segment(model: Focus, record: Record) -> Example:
     assert record.image is not None
     image = Image.fromarray(record.image)
     text = ", ".join(record.classes) if record.task == "class" else record.text or None
@@ -94,7 +106,7 @@ def _segment(model: Any, record: Record) -> Example:
     begin = time.perf_counter()
     result = model.segment(image, text=text, regions=pointed or None, task=record.task)
     seconds = time.perf_counter() - begin
-    score = _overlap(record, result.masks, result.names)
+    score = _overlap(record, result)
     shots = [Shot(caption="picture", frames=(image,))]
     if record.regions:
         shown = overlay(image, record.regions, enlarge=False)
@@ -117,21 +129,18 @@ def _segment(model: Any, record: Record) -> Example:
     )
 
 
-def _overlap(record: Record, masks: list[Mask], names: list[str]) -> float:
-    """Mean IoU over true masks; a class mask must carry the right name."""
+def _overlap(record: Record, result: SegmentResult) -> float:
+    """Mean IoU over the true masks; classes and regions must carry the right label."""
+    if record.task not in ("class", "interactive"):
+        return iou(union(result.masks, SIZE), union(record.masks, SIZE))
     scores = []
-    for number, (truth, label) in enumerate(zip(record.masks, record.labels, strict=True)):
-        if record.task == "class":
-            named = [m for m, n in zip(masks, names, strict=True) if n == record.classes[label]]
-            scores.append(max((iou(m, truth) for m in named), default=0.0))
-        elif record.task == "interactive":
-            scores.append(iou(masks[number], truth) if number < len(masks) else 0.0)
-        else:
-            scores.append(iou(union(masks, SIZE), union(list(record.masks), SIZE)))
+    for truth, label in zip(record.masks, record.labels, strict=True):
+        same = [m for m, other in zip(result.masks, result.labels, strict=True) if other == label]
+        scores.append(max((iou(mask, truth) for mask in same), default=0.0))
     return float(np.mean(scores)) if scores else 0.0
 
 
-def region(mask: Mask, kind: RegionKind) -> Any:
+def region(mask: Mask, kind: RegionKind) -> Region:
     """The region prompt that a person would have given for a record's region mask."""
     from focus.regions import Box, Click, MaskRegion, Scribble
 
@@ -144,10 +153,8 @@ def region(mask: Mask, kind: RegionKind) -> Any:
     return Scribble(mask) if kind == "scribble" else MaskRegion(mask)
 
 
-def video(model: Any, seed: int) -> Section:
+def video(model: Focus, seed: int) -> Section:
     """Referring segmentation in a short video."""
-    from engine.data.scenes import clip
-
     film = clip(SPLIT, seed, 0, CLIP_FRAMES, SIZE)
     frames = [Image.fromarray(frame) for frame in film.frames]
     begin = time.perf_counter()
@@ -180,7 +187,7 @@ def video(model: Any, seed: int) -> Section:
     )
 
 
-def union(masks: list[Mask], side: int) -> Mask:
+def union(masks: Sequence[Mask], side: int) -> Mask:
     """All masks as one; empty if there are none."""
     return np.any(masks, axis=0) if len(masks) else np.zeros((side, side), dtype=np.bool_)
 
@@ -188,9 +195,11 @@ def union(masks: list[Mask], side: int) -> Mask:
 # ---- pictures and words ------------------------------------------------------------------------
 
 
-def editing(model: Any, seed: int) -> Section:
+def editing(model: Focus, seed: int) -> Section:
     """Editing, one example of each kind."""
-    found = [record for kind in EDITS for record in first("editing", seed, 1, kind)]
+    found = [
+        record for kind in EDITS for record in first("editing", seed, 1, partial(_is_kind, kind))
+    ]
     return Section(
         name="editing",
         title="Change exactly that",
@@ -200,7 +209,7 @@ def editing(model: Any, seed: int) -> Section:
     )
 
 
-def _edit(model: Any, record: Record, seed: int) -> Example:
+def _edit(model: Focus, record: Record, seed: int) -> Example:
     assert record.image is not None
     assert record.target is not None
     image, target = Image.fromarray(record.image), Image.fromarray(record.target)
@@ -241,7 +250,7 @@ def _marked(image: Image.Image, record: Record) -> Image.Image:
     return overlay(image, record.regions, enlarge=False) if record.regions else image
 
 
-def generation(model: Any, seed: int) -> Section:
+def generation(model: Focus, seed: int) -> Section:
     """Generation from captions."""
     return Section(
         name="generation",
@@ -251,11 +260,13 @@ def generation(model: Any, seed: int) -> Section:
     )
 
 
-def _generate(model: Any, record: Record, seed: int) -> Example:
+def _generate(model: Focus, record: Record, seed: int) -> Example:
     assert record.target is not None
     begin = time.perf_counter()
     image = model.generate(record.text, seed=seed)
     seconds = time.perf_counter() - begin
+    wanted = [(item.colour, item.shape) for item in requested(record.id)]
+    there = present(np.asarray(image), wanted)
     return Example(
         task="generation",
         kind="generation",
@@ -264,25 +275,35 @@ def _generate(model: Any, record: Record, seed: int) -> Example:
             Shot(caption="drawn", frames=(image,)),
             Shot(caption="one of many right answers", frames=(Image.fromarray(record.target),)),
         ),
+        badge=f"{sum(there)} of {len(there)} there",
+        verdict=grade(float(np.mean(there)), 1.0, 0.5),
+        words=tuple(
+            (" ".join(pair), "there" if right else "missing")
+            for pair, right in zip(wanted, there, strict=True)
+        ),
         seconds=seconds,
+        figures={"score": round(float(np.mean(there)), 4)},
     )
 
 
-def answering(model: Any, seed: int) -> Section:
+def answering(model: Focus, seed: int) -> Section:
     """Question answering."""
     return Section(
         name="answering",
         title="Ask",
         told="Counting, colours, places, comparisons.",
-        examples=tuple(_answer(model, record) for record in first("vqa", seed, 6)),
+        examples=tuple(
+            _answer(model, record, seed)
+            for record in first("vqa", seed, 12, lambda record: record.kind not in FREE_KINDS)
+        ),
     )
 
 
-def _answer(model: Any, record: Record) -> Example:
+def _answer(model: Focus, record: Record, seed: int) -> Example:
     assert record.image is not None
     image = Image.fromarray(record.image)
     begin = time.perf_counter()
-    answer = model.chat(image, record.text)
+    answer = model.chat(image, record.text, seed=seed)
     seconds = time.perf_counter() - begin
     right = answers_match(answer, record.answer)
     return Example(
@@ -298,7 +319,7 @@ def _answer(model: Any, record: Record) -> Example:
     )
 
 
-SECTIONS: tuple[Callable[[Any, int], Section], ...] = (
+SECTIONS: tuple[Callable[[Focus, int], Section], ...] = (
     referring,
     interactive,
     editing,

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     picture = read_picture(args.image)
     model = options.load_model(args.model)
     start = time.perf_counter()
-    answer = model.chat(picture.image, text)
+    answer = model.chat(picture.image, text, seed=args.seed)
     seconds = time.perf_counter() - start
     report = {
         "command": "chat",

@@ -42,17 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; print a table, or write the figures as JSON."""
-    from engine.data.records import TASKS
+    from engine.evaluate.tasks import MEASURES, evaluate
     from engine.pictures import dump_json, write_json
 
     tasks = tuple(filter(None, (args.tasks or "").split(","))) or None
-    unknown = sorted(set(tasks or ()) - {*TASKS, "tokenizer"})
+    unknown = sorted(set(tasks or ()) - set(MEASURES))
     if unknown:
-        raise options.UsageError(
-            f"no task {', '.join(unknown)}; there are {', '.join((*TASKS, 'tokenizer'))}"
-        )
+        raise options.UsageError(f"no task {', '.join(unknown)}; there are {', '.join(MEASURES)}")
     model = options.load_model(args.model)
-    from engine.evaluate.tasks import evaluate
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.pictures import Picture
+    from focus import Focus
     from focus.regions import Region
 
 MAX_TEXT = 1000
@@ -154,7 +155,7 @@ def _read_points(path: Path) -> list[tuple[float, float]]:
     return points
 
 
-def load_model(name: str) -> Any:
+def load_model(name: str) -> Focus:
     """Load the model of `--model`; everything heavy is imported here."""
     from transformers.utils import logging
 

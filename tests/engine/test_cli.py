@@ -59,8 +59,8 @@ class FakeModel:
         self.calls.append(("generate", {"text": text, **given}))
         return Image.new("RGB", (64, 64), (given["seed"], 0, 0))
 
-    def chat(self, image: Image.Image, text: str) -> str:
-        self.calls.append(("chat", {"text": text}))
+    def chat(self, image: Image.Image, text: str, **given: Any) -> str:
+        self.calls.append(("chat", {"text": text, **given}))
         return "two"
 
 
