@@ -57,7 +57,8 @@ def accept_all(request: Request) -> str | None:
 class Implementation:
     """One way to compute an operator.
 
-    `module` is imported at first use. `refuse` returns the reason why it cannot take a request, or
+    `module` is imported at first use, and so is `backward`, where the gradients live (default: the
+    same module). `refuse` returns the reason why it cannot take a request, or
     None. `cost` estimates microseconds; the cheapest willing implementation runs.
     """
 
@@ -65,6 +66,12 @@ class Implementation:
     module: str
     cost: Callable[[Request], float]
     refuse: Callable[[Request], str | None] = accept_all
+    backward: str = ""
+
+    @property
+    def backward_module(self) -> str:
+        """Name of the module with the gradients."""
+        return self.backward or self.module
 
 
 @dataclass(frozen=True, kw_only=True)

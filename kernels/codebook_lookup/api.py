@@ -191,8 +191,18 @@ def _request(x: Tensor, codes: Tensor) -> Request:
     )
 
 
+def _refuse_native(request: Request) -> str | None:
+    refusal: str | None = dispatch.load("kernels.codebook_lookup.native").refuse(request)
+    return refusal
+
+
+def _native_cost(request: Request) -> float:
+    tokens, codes, dim = request["tokens"], request["codes"], request["dim"]
+    return 100.0 + 0.02 * codes * dim / 32 + 3e-4 * tokens * codes * dim / 32
+
+
 def _reference_cost(request: Request) -> float:
-    return 1e-3 * request["tokens"] * request["codes"] * (request["dim"] + 16) / 32
+    return 100.0 + 1e-2 * request["tokens"] * request["codes"] * (request["dim"] + 16) / 32
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -210,6 +220,12 @@ KERNEL = Kernel(
     implementations=(
         Implementation(
             name="reference", module="kernels.codebook_lookup.reference", cost=_reference_cost
+        ),
+        Implementation(
+            name="native",
+            module="kernels.codebook_lookup.native",
+            refuse=_refuse_native,
+            cost=_native_cost,
         ),
     ),
     inputs=_inputs,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.gated_cross_attention import reference
+from kernels.gated_cross_attention import explicit, reference
 from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
+
+FLOPS_PER_US = 1e5  # one core; only ratios matter to the choice
 
 
 def gated_cross_attention(
@@ -55,7 +57,21 @@ def gated_cross_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
     cast = [t.to(dtype) for t in (query, features, *weights)]
-    out: Tensor = _forward(residual, *cast, gate, num_heads, padding_mask)
+    arguments: Any = (residual, *cast, gate, num_heads, padding_mask)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (residual, *cast, gate))
+    out: Tensor
+    if not trains or torch.compiler.is_exporting():
+        out = _forward(*arguments)
+        return out
+    request = _request(cast[0], cast[1], num_heads, cast[1].requires_grad, True)
+    chosen = dispatch.choose(KERNEL, request)
+    if chosen.name == "explicit":  # autograd through library kernels is the best backward here
+        with torch.autocast(query.device.type, enabled=False):
+            out = explicit.gated_cross_attention(*arguments)
+    elif chosen.name == "reference":
+        out = _forward(*arguments)
+    else:
+        out, _, _ = _training(*arguments)
     return out
 
 
@@ -153,7 +169,7 @@ def _backward(
     chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, needs_features, True))
     arguments = (grad, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
     with torch.autocast(query.device.type, enabled=False):
-        grads: list[Tensor] = dispatch.load(chosen.module).gated_cross_attention_backward(
+        grads: list[Tensor] = dispatch.load(chosen.backward_module).gated_cross_attention_backward(
             *arguments, num_heads, padding_mask, needs_features
         )
     return grads
@@ -200,6 +216,127 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_grad, setup_context=_setup)
 
 
+@torch.library.custom_op("focus::gated_cross_attention_training", mutates_args=())
+def _training(
+    residual: Tensor,
+    query: Tensor,
+    features: Tensor,
+    w_feature: Tensor,
+    b_feature: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    gate: Tensor,
+    num_heads: int,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (residual, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
+    chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, backward=True))
+    with torch.autocast(query.device.type, enabled=False):
+        results: tuple[Tensor, Tensor, Tensor] = dispatch.load(chosen.module).forward(
+            *arguments, num_heads, padding_mask
+        )
+    return results
+
+
+@_training.register_fake
+def _(
+    residual: Tensor,
+    query: Tensor,
+    features: Tensor,
+    w_feature: Tensor,
+    b_feature: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    gate: Tensor,
+    num_heads: int,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    shape = (query.shape[0], num_heads, query.shape[1])
+    return (
+        residual.new_empty(residual.shape),
+        query.new_empty((*shape, features.shape[2]), dtype=dtype),
+        query.new_empty(shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("focus::gated_cross_attention_training_backward", mutates_args=())
+def _training_backward(
+    grad: Tensor,
+    query: Tensor,
+    features: Tensor,
+    w_feature: Tensor,
+    b_feature: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    gate: Tensor,
+    num_heads: int,
+    padding_mask: Tensor | None,
+    needs_features: bool,
+    context: Tensor,
+    lse: Tensor,
+) -> list[Tensor]:
+    chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, needs_features, True))
+    weights = (w_feature, b_feature, w_q, w_k, w_v, w_o)
+    rest = (gate, num_heads, padding_mask, needs_features, context, lse)
+    with torch.autocast(query.device.type, enabled=False):
+        grads: list[Tensor] = dispatch.load(chosen.backward_module).backward(
+            grad, query, features, *weights, *rest
+        )
+    return grads
+
+
+@_training_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    features: Tensor,
+    w_feature: Tensor,
+    b_feature: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    gate: Tensor,
+    num_heads: int,
+    padding_mask: Tensor | None,
+    needs_features: bool,
+    context: Tensor,
+    lse: Tensor,
+) -> list[Tensor]:
+    like = (query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
+    return [t.new_empty((0,) if t is features and not needs_features else t.shape) for t in like]
+
+
+def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, num_heads, padding_mask = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors[1:], padding_mask, *output[1:])
+    ctx.num_heads = num_heads
+
+
+def _training_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, padding_mask, context, lse = ctx.saved_tensors
+    needs_features = ctx.needs_input_grad[2]
+    grads: list[Tensor | None] = list(
+        _training_backward(
+            grad, *tensors, ctx.num_heads, padding_mask, needs_features, context, lse
+        )
+    )
+    if not needs_features:
+        grads[1] = None
+    return grad, *grads, None, None
+
+
+_training.register_autograd(_training_grad, setup_context=_training_setup)
+
+
 def _request(
     query: Tensor,
     features: Tensor,
@@ -223,10 +360,37 @@ def _request(
     )
 
 
+def absorbed_flops(request: Request) -> float:
+    """FLOPs without keys and values: 4 Q H L C per row of the batch, and the folding 4 D^2 C.
+
+    The backward adds 6 Q H L C, or 10 when the features need a gradient, and twice the folding.
+    """
+    loop = 2.0 * request["queries"] * request["heads"] * request["tokens"] * request["channels"]
+    products = 2 if "backward" not in request.needs else 5
+    products += 2 if "feature_gradient" in request.needs else 0
+    folds = 3 if "backward" in request.needs else 1
+    folding = folds * 4.0 * request["dim"] ** 2 * request["channels"]
+    return request["batch"] * products * loop + folding
+
+
 def explicit_flops(request: Request) -> float:
-    """FLOPs when keys and values are projected: 4 L C D + 4 Q L D, per row of the batch."""
-    tokens, dim = request["tokens"], request["dim"]
-    return request["batch"] * 4.0 * tokens * dim * (request["channels"] + request["queries"])
+    """FLOPs with projected keys and values: 4 L C D + 4 Q L D per row, and the folding 4 D^2 C.
+
+    The backward adds 4 L C D for the weights, as much for the features, and 10 Q L D.
+    """
+    unit = 4.0 * request["batch"] * request["tokens"] * request["dim"]
+    backward = "backward" in request.needs
+    projections = 1 + backward + ("feature_gradient" in request.needs)
+    attention = request["queries"] * (3.5 if backward else 1.0)
+    folding = (3 if backward else 1) * 4.0 * request["dim"] ** 2 * request["channels"]
+    return unit * (projections * request["channels"] + attention) + folding
+
+
+def literal_flops(request: Request) -> float:
+    """FLOPs of the reference, which projects features first: 2 L C D + 4 L D^2 + 4 Q L D."""
+    unit = 2.0 * request["batch"] * request["tokens"] * request["dim"]
+    times = 3.0 if "backward" in request.needs else 1.0
+    return times * unit * (request["channels"] + 2.0 * request["dim"] + 2.0 * request["queries"])
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -260,7 +424,19 @@ KERNEL = Kernel(
         Implementation(
             name="reference",
             module="kernels.gated_cross_attention.reference",
-            cost=lambda request: explicit_flops(request) / 1e5,
+            cost=lambda request: 100.0 + literal_flops(request) / FLOPS_PER_US,
+        ),
+        Implementation(
+            name="explicit",
+            module="kernels.gated_cross_attention.explicit",
+            backward="kernels.gated_cross_attention.reference",
+            cost=lambda request: 100.0 + explicit_flops(request) / FLOPS_PER_US,
+        ),
+        Implementation(
+            name="absorbed",
+            module="kernels.gated_cross_attention.absorbed",
+            backward="kernels.gated_cross_attention.absorbed_backward",
+            cost=lambda request: 150.0 + absorbed_flops(request) / FLOPS_PER_US,
         ),
     ),
     inputs=_inputs,

@@ -157,7 +157,7 @@ def _backward(
     grid, size = (query_grid[0], query_grid[1]), (extent[0], extent[1])
     with torch.autocast(query.device.type, enabled=False):
         grads: tuple[Tensor, Tensor, Tensor, Tensor] = dispatch.load(
-            chosen.module
+            chosen.backward_module
         ).mask_attention_backward(
             grad, query, mask, key_vectors, value_vectors, grid, size, rope, theta, needs_mask
         )
@@ -225,10 +225,24 @@ def _request(
     )
 
 
-def _dense_cost(request: Request) -> float:
+def dense_flops(request: Request) -> float:
+    """FLOPs of dense attention, 4 N L D per head; the backward has 2.5 times as many more."""
     tokens = request["rows"] * request["columns"]
     pairs = request["batch"] * request["heads"] * request["queries"] * tokens
-    return 4e-4 * pairs * request["dim"]
+    return pairs * 4.0 * request["dim"] * (3.5 if "backward" in request.needs else 1.0)
+
+
+def separable_flops(request: Request) -> float:
+    """FLOPs of tables, one indicator product and exponentials (16 each) for two classes."""
+    rows, columns, dim = request["rows"], request["columns"], request["dim"]
+    lines = request["batch"] * request["heads"] * request["queries"]
+    per_class = dim * (rows + columns) + 2.0 * rows * columns + 24.0 * (rows + columns)
+    times = 3.0 if "backward" in request.needs else 1.0
+    times += 2.0 * request["masks"] if "mask_gradient" in request.needs else 0.0
+    return 2.0 * lines * per_class * times
+
+
+FLOPS_PER_US = 1e5  # one core; only ratios and the fixed cost of small operations matter
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -269,7 +283,15 @@ KERNEL = Kernel(
     ops=("focus::mask_attention",),
     implementations=(
         Implementation(
-            name="reference", module="kernels.mask_attention.reference", cost=_dense_cost
+            name="reference",
+            module="kernels.mask_attention.reference",
+            cost=lambda request: 200.0 + dense_flops(request) / FLOPS_PER_US,
+        ),
+        Implementation(
+            name="structured",
+            module="kernels.mask_attention.structured",
+            backward="kernels.mask_attention.structured_backward",
+            cost=lambda request: 1500.0 + separable_flops(request) / FLOPS_PER_US,
         ),
     ),
     inputs=_inputs,

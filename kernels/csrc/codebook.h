@@ -1,0 +1,84 @@
+// Prepared codebook and the screens that the instruction sets provide.
+//
+// Notation: x' = s (x - mu), c' = s (c - mu) with mu the mean code and s a power of two, so that
+// distances keep their order. score(x, c) = x'.c' - |c'|^2 / 2, and the nearest code has the
+// greatest score. Codes are sorted by norm and cut into groups of kGroup.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+namespace focus {
+
+constexpr int kGroup = 256;  // codes of one screening group
+constexpr int kLane = 16;    // codes of one register block
+
+struct FreeDeleter {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], FreeDeleter>;
+
+// Returns 64-byte aligned memory for `count` values, or null.
+template <class T>
+Buffer<T> allocate(size_t count) {
+  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+}
+
+struct Codebook {
+  int64_t num_codes = 0;
+  int64_t num_groups = 0;
+  int dim = 0;
+  int quads = 0;          // ceil(dim / 4)
+  bool finite = true;
+  float scale = 1.0f;     // s
+  double max_norm = 0.0;  // max |c'|
+  Buffer<float> raw;      // [K, d] as given: the fp64 decision reads these
+  Buffer<float> mean;     // [d]
+  Buffer<float> block;    // [Kp / 16, d, 16] c', sorted
+  Buffer<float> bias;     // [Kp] -|c'|^2 / 2, padding very negative
+  Buffer<int32_t> order;  // [Kp] original index, padding -1
+  // int8 screen: v = c' / t per dimension, q = round(127 v) + 128
+  Buffer<uint8_t> quantised;  // [Kp / 16, quads, 16, 4]
+  Buffer<float> unit;         // [4 quads] t
+  Buffer<float> bias_high;    // [G] greatest bias of the group
+  Buffer<float> bias_low;     // [G] least bias of the group
+  double max_v = 0.0;         // max |v|
+  double max_residue = 0.0;   // max |v - (q - 128) / 127|
+  int64_t bytes = 0;
+};
+
+// Tokens of one batch, centred and scaled, with what every screen needs to know about them.
+struct Tokens {
+  int64_t count = 0;
+  Buffer<float> centred;      // [n, d] x'
+  Buffer<int8_t> quantised;   // [n, 4 quads]
+  Buffer<float> step;         // [n] real score of one integer step
+  Buffer<float> margin;       // [n] bound of |screen score - exact score|
+  Buffer<float> fine_margin;  // [n] the same for a fp32 score
+  Buffer<int32_t> offset;     // [n] -128 * sum of the quantised token
+  Buffer<uint8_t> state;      // [n] kScreen, kScan or kBad
+};
+enum : uint8_t { kScreen = 0, kScan = 1, kBad = 2 };
+
+// One instruction set: upper bounds per (token, group), and the fp32 scores of one group.
+struct Backend {
+  // upper[(t - first) * G + g] = best screen score of group g (without margin); low: the same with
+  // the group's least bias, only where `quantised`.
+  void (*screen)(const Codebook&, const Tokens&, int64_t first, int64_t last, int64_t group_first,
+                 int64_t group_last, float* upper);
+  void (*scores)(const Codebook&, const float* token, int64_t group, float* out);
+  bool quantised;
+};
+
+const Backend& scalar_backend();
+#if defined(__x86_64__) || defined(_M_X64)
+const Backend& avx2_backend();
+const Backend& avx512_backend();
+const Backend& vnni_backend();
+#endif
+
+}  // namespace focus

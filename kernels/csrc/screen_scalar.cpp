@@ -1,0 +1,38 @@
+// Portable screen, and the fallback of every machine.
+#include <algorithm>
+
+#include "codebook.h"
+
+namespace focus {
+namespace {
+
+void scores(const Codebook& book, const float* token, int64_t group, float* out) {
+  const float* block = book.block.get() + group * kGroup * book.dim;
+  const float* bias = book.bias.get() + group * kGroup;
+  for (int b = 0; b < kGroup / kLane; b++, block += book.dim * kLane, bias += kLane, out += kLane) {
+    float sum[kLane];
+    for (int l = 0; l < kLane; l++) sum[l] = bias[l];
+    for (int i = 0; i < book.dim; i++)
+      for (int l = 0; l < kLane; l++) sum[l] += token[i] * block[i * kLane + l];
+    for (int l = 0; l < kLane; l++) out[l] = sum[l];
+  }
+}
+
+void screen(const Codebook& book, const Tokens& tokens, int64_t first, int64_t last,
+            int64_t group_first, int64_t group_last, float* upper) {
+  float group[kGroup];
+  for (int64_t g = group_first; g < group_last; g++)
+    for (int64_t t = first; t < last; t++) {
+      scores(book, tokens.centred.get() + t * book.dim, g, group);
+      upper[t * book.num_groups + g] = *std::max_element(group, group + kGroup);
+    }
+}
+
+}  // namespace
+
+const Backend& scalar_backend() {
+  static const Backend backend{screen, scores, false};
+  return backend;
+}
+
+}  // namespace focus
