@@ -198,9 +198,7 @@ class Focus:
             )
         return results
 
-    def generate_batch(
-        self, requests: Sequence[Request], steps: int | None = None
-    ) -> list[Pixels]:
+    def generate_batch(self, requests: Sequence[Request], steps: int | None = None) -> list[Pixels]:
         """Draw pictures [h, w, 3]; see `generate`."""
         pipeline = self.pipeline(steps)
         session = pipeline.open(requests)
@@ -248,8 +246,8 @@ class Focus:
         if not self.settings.paste_outside:
             return fitted
         reach = max(1, round(FEATHER * max(mask.shape) / max(raw.shape[:2])))
-        soft = torch.from_numpy(mask).float()[None, None]
-        soft = F.max_pool2d(soft, 2 * reach + 1, 1, reach)[0, 0, ..., None].numpy()
+        grown = F.max_pool2d(torch.from_numpy(mask).float()[None], 2 * reach + 1, 1, reach)
+        soft = grown[0, ..., None].numpy()
         mixed = soft * fitted + (1 - soft) * request.image
         return np.asarray(mixed.round().astype(np.uint8))
 

@@ -1,4 +1,4 @@
-"""What the model eats: one task-homogeneous micro-batch of sequences, pictures, regions and targets.
+"""What the model eats: one task-homogeneous micro-batch of sequences, pictures and targets.
 
 The sequence is described position by position, so that one embedding routine serves every task:
 `source` says where the embedding of a position comes from, `grid` where a visual token lies in its
@@ -49,7 +49,7 @@ class Batch:
 
     task: str
     input_ids: Tensor  # [B, T] int64, right-padded
-    labels: Tensor  # [B, T] int64, already shifted: labels[t] is the id that follows t; IGNORE elsewhere
+    labels: Tensor  # [B, T] int64, shifted: labels[t] is the id that follows t, or IGNORE
     source: Tensor  # [B, T] uint8, `Source`
     grid: Tensor  # [B, T, 3] int16: level (0 semantic, 1 pixel), row, column; -1 where not visual
     condition: Tensor  # [B, T] int16: candidate number whose tokens these are, -1 elsewhere

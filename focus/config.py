@@ -77,7 +77,7 @@ class FusionConfig:
     """Cross-attention of vanilla tokens onto hierarchical features (eq. 1-2).
 
     `residual=False` is eq. 2 to the letter. With the residual and a zero-initialised output
-    projection the fused feature starts as the vanilla one, which keeps the semantic target reachable.
+    projection the fused feature starts as the vanilla one, so the semantic target stays reachable.
     """
 
     dim: int = 1280

@@ -113,7 +113,7 @@ class Front(nn.Module):
         return self.tokenizer.encode(fused.e_prime, self.tokenizer.pixel_encoder(pictures.pixel))
 
     def embed_tokens(self, input_ids: Tensor, grid: Tensor, next_grid: Tensor) -> Tensor:
-        """Embed token ids [B, T] with the cells they lie in and the cells they are about to write."""
+        """Embed ids [B, T] with the cells they lie in and the cells they are about to write."""
         embedded: Tensor = self.token_embedding(input_ids)
         return embedded + self._embed_cells(grid, next_grid)
 
@@ -123,7 +123,8 @@ class Front(nn.Module):
         embedded = self.token_embedding(batch.input_ids)
         for source, values in self.sources(batch, features):
             embedded = place(embedded, batch.source == source, values)
-        return embedded + self._embed_cells(batch.grid, next_grid)
+        placed: Tensor = embedded + self._embed_cells(batch.grid, next_grid)
+        return placed
 
     def sources(self, batch: Batch, features: Features | None) -> list[tuple[Source, Tensor]]:
         """Return, for every source but the token table, its vectors [B, n, D] in reading order."""
@@ -144,15 +145,15 @@ class Front(nn.Module):
         """Pool one vector per region from sampled points [B, R, P, 2] -> [B, R, D]."""
         projected = features.fused.projected
         grid = self.config.vanilla.grid
-        image_map = projected.transpose(1, 2).unflatten(2, grid)
+        image_map = projected.transpose(1, 2).reshape(len(projected), -1, *grid)
         pooled: Tensor = self.region_pooler(image_map, features.maps, points)
         return pooled
 
     def _embed_cells(self, grid: Tensor, next_grid: Tensor) -> Tensor | float:
         if self.position is None or self.next_position is None:
             return 0.0
-        here: Tensor = self.position(grid)
-        return here + self.next_position(next_grid)
+        cells: Tensor = self.position(grid) + self.next_position(next_grid)
+        return cells
 
 
 class Heads(nn.Module):
@@ -211,7 +212,7 @@ class FocusModel(nn.Module):
 
 
 def place(embedded: Tensor, where: Tensor, values: Tensor) -> Tensor:
-    """Put the i-th of `values` [B, n, D] at the i-th True position of `where` [B, T] in each row."""
+    """Put the i-th of `values` [B, n, D] at the i-th True position of each row of `where` [B, T]."""
     order = (where.long().cumsum(1) - 1).clamp(0, values.shape[1] - 1)
     spread = values.gather(1, order[..., None].expand(-1, -1, values.shape[2]))
     return torch.where(where[..., None], spread.to(embedded.dtype), embedded)

@@ -21,6 +21,7 @@ NAMES = (
     "generate",
     "chat",
     "scenes",
+    "publish",
     "info",
 )
 

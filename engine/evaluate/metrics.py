@@ -34,7 +34,7 @@ def cumulative_iou(pairs: Iterable[tuple[Mask, Mask]]) -> float:
 
 
 def class_miou(predicted: Sequence[dict[str, Mask]], truth: Sequence[dict[str, Mask]]) -> float:
-    """Mean over classes of the IoU summed over pictures; classes that occur nowhere do not count."""
+    """Mean over classes of the IoU summed over pictures; absent classes do not count."""
     inter: dict[str, int] = {}
     union: dict[str, int] = {}
     for found, wanted in zip(predicted, truth, strict=True):

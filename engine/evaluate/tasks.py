@@ -1,4 +1,4 @@
-"""`focus evaluate`: every measure of the model card, with exact ground truth and no learned judge."""
+"""`focus evaluate`: every measure of the model card, with exact truth and no learned judge."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def _judge(record: Record, result: EditResult) -> tuple[bool, bool]:
 
 
 def measure_tokenizer(samples: Samples) -> Figures:
-    """PSNR of the tokenizer's reconstruction at its own resolution, and of the diffusion decoder's."""
+    """PSNR of reconstructions by the tokenizer's pixel decoder and by the diffusion decoder."""
     model = samples.model.model
     records = samples.records("vqa")
     figures: dict[str, list[float]] = {"tokenizer_psnr": [], "diffusion_psnr": []}

@@ -109,8 +109,12 @@ def _dense_loss(logits: Tensor, content: Tensor) -> Tensor:
 
     Cells with objects are rare, so they weigh in proportion to how much object they hold.
     """
-    share = F.adaptive_avg_pool2d(content, logits.shape[-2:])
-    pairs = zip(logits.float().split(CLASSES, 1), share.split(CLASSES, 1), strict=True)
+    share = F.adaptive_avg_pool2d(content, (logits.shape[-2], logits.shape[-1]))
+    pairs = zip(
+        torch.split(logits.float(), list(CLASSES), 1),
+        torch.split(share, list(CLASSES), 1),
+        strict=True,
+    )
     weight = 1.2 - share[:, 0]
     loss = torch.stack([-(target * F.log_softmax(x, 1)).sum(1) for x, target in pairs]).sum(0)
     return (loss * weight).sum() / weight.sum()

@@ -106,7 +106,8 @@ class MultimodalStage(Stage):
         assert self.run is not None
         vocabulary = tiny_vocabulary(config_of(self.run))
         first, last = min(vocabulary.structure.values()), vocabulary.semantic_ids.start
-        return (labels >= first) & (labels < last)
+        inside: Tensor = (labels >= first) & (labels < last)
+        return inside
 
     def _code_loss(self, model: FocusModel, done: Step, where: Tensor) -> Tensor:
         assert self.run is not None
@@ -129,7 +130,7 @@ class MultimodalStage(Stage):
             if done.prediction is None or pictures is None or masks is None:
                 continue
             shown = pictures.hierarchical[:6]
-            truth = (masks & (done.batch.mask_labels >= 0)[..., None, None]).any(1)[:6]  # type: ignore[operator]
+            truth = masks.any(1)[:6]
             guess = best_mask(done.prediction)[:6]
             rows += [tint(shown, truth), tint(shown, resize_masks(guess, shown.shape[-2:]))]
         return tile(rows) if rows else None

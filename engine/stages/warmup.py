@@ -29,7 +29,7 @@ class WarmupStage(MultimodalStage):
             rows = torch.arange(len(gradient), device=gradient.device)
             return gradient * (rows >= text_size)[:, None]
 
-        model.front.token_embedding.weight.register_hook(keep_text)
+        model.front.token_embedding.weight.register_hook(keep_text)  # type: ignore[no-untyped-call]
         return model
 
 
