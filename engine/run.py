@@ -28,7 +28,8 @@ class Run:
     stage may replace it by its own schedule. `rates` maps globs over parameter names to learning
     rates: the first match decides, no match means frozen. `init_from` is the name of a run beside
     this run's folder, a run folder, a checkpoint folder or a safetensors file. `ema` is a decay per
-    step.
+    step. `skips` is how many steps with a non-finite loss or gradient are passed over, without
+    touching parameters, before the run stops with an error.
     `extra` holds what only the stage understands.
     """
 
@@ -52,12 +53,14 @@ class Run:
     log_every: int = 10
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float | None = None
+    skips: int = 0
     workers: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("save_every", 1), ("keep", 0), ("workers", 0)):
+        limits = {"steps": 1, "save_every": 1, "keep": 0, "workers": 0, "skips": 0}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise RunError(f"{self.name}: {name} must be at least {least}, got {self!r}")
         if any(size < 1 for _, size in self.micro_batches) or not self.micro_batches:

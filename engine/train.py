@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import random
 import signal
 import time
@@ -25,7 +26,7 @@ from engine.run import Run, RunError, derive_seed, to_json
 from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
 from focus.batch import Batch
 from parallel.checkpoint import CheckpointFolder
-from parallel.engine import Engine, NonFiniteLoss, PlainEngine
+from parallel.engine import Engine, NonFiniteLoss, PlainEngine, StepReport
 from parallel.mesh import Mesh, open_mesh
 from parallel.sections import Handover
 
@@ -56,8 +57,8 @@ def train(
     """Train `run` in `out_dir`, going on from its newest sound checkpoint.
 
     `until` ends after that many steps in all (a checkpoint is written), for demonstrations.
-    SIGTERM and SIGINT finish the step, save and return. Raises `NonFiniteLoss` (the parameters and
-    all checkpoints stay as they were), `RunError`, `CheckpointError`.
+    SIGTERM, SIGINT and SIGUSR1 finish the step, save and return. Raises `NonFiniteLoss` (the
+    parameters and all checkpoints stay as they were), `RunError`, `CheckpointError`.
     """
     out_dir = Path(out_dir)
     stage = stage or find_stage(run.stage)
@@ -122,12 +123,19 @@ def _loop(
     """Do steps start..last-1; return how many are done in all."""
     engine.model.train()
     batches = step_batches(run, stage, mesh, start, last)
-    step, saved = start, start if folder.steps() else -1
+    step, saved, skipped = start, start if folder.steps() else -1, 0
     while step < last and not mesh.any(stop()):
         began = time.monotonic()
         micros = [_to(batch, mesh.device) for batch in next(batches)]
         waited = time.monotonic() - began
-        report = engine.step(step, micros, StepWork(run, stage, step, mesh))
+        try:
+            report = engine.step(step, micros, StepWork(run, stage, step, mesh))
+        except NonFiniteLoss as error:
+            skipped += 1
+            if skipped > run.skips:
+                raise
+            monitor.say(f"{error}; skipped ({skipped} of {run.skips} allowed)")
+            report = StepReport(loss=math.nan, terms={}, grad_norm=math.nan)
         samples = sum(size for _, size in stage.micro_batches(run, step)) * mesh.data_size
         step += 1
         seconds = time.monotonic() - began
@@ -139,7 +147,10 @@ def _loop(
             "seconds": seconds,
             "data_wait": waited,
         }
-        monitor.step(step, report.terms, facts)
+        if skipped:
+            facts["skipped"] = float(skipped)
+        known = {name: value for name, value in facts.items() if math.isfinite(value)}
+        monitor.step(step, report.terms, known)
         if step % run.save_every == 0 and step < last:
             save(run, stage, engine, folder, mesh, step)
             saved = step
@@ -159,6 +170,8 @@ def save(
 
     def write(path: Path) -> None:
         engine.save(path)
+        if not mesh.leader:
+            return
         state = {
             "step": step,
             "data_size": mesh.data_size,
@@ -167,8 +180,7 @@ def save(
         }
         (path / "state.json").write_text(json.dumps(state, indent=1) + "\n")
 
-    if mesh.leader:
-        folder.save(step, write)
+    folder.save(step, write, mesh)
 
 
 def _restore(
@@ -195,7 +207,7 @@ def _restore(
 
     if mesh.leader:
         folder.clean()
-    found = folder.load(read, say)
+    found = folder.load(read, say, mesh)
     if found is None:
         return 0
     step, state = found
@@ -317,7 +329,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and SIGINT into a flag while the block runs."""
+    """Turn SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) into a flag while the block runs."""
     caught: list[int] = []
 
     def remember(number: int, _frame: types.FrameType | None) -> None:
@@ -325,7 +337,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
     before: dict[signal.Signals, Any] = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             before[number] = signal.signal(number, remember)
     except ValueError:
         pass  # not the main thread: whoever started it decides when to stop

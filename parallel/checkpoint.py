@@ -14,7 +14,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -59,23 +62,28 @@ class CheckpointFolder:
                 if path.name.startswith("step-") and path.suffix in (".tmp", ".old"):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Publish what `write(folder)` writes as step N.
+    def save(self, step: int, write: Callable[[Path], None], mesh: Mesh | None = None) -> Path:
+        """Publish what `write(folder)` writes as step N; every process of `mesh` calls it.
 
         On any failure the unfinished folder is removed, earlier checkpoints stay as they are, and
-        an `OSError` becomes one `CheckpointError` (a full disk says so).
+        an `OSError` becomes one `CheckpointError` (a full disk says so) on every process.
         """
         unfinished = self.folder / f"step-{step}.tmp"
-        try:
+        leader = mesh is None or mesh.leader
+
+        def begin() -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            write(unfinished)
-            self.publish(step, unfinished)
-        except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(_reason(step, self.folder, error)) from error
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+
+        try:
+            _together(mesh, begin if leader else _nothing)
+            _together(mesh, lambda: write(unfinished))
+            _together(mesh, (lambda: self.publish(step, unfinished)) if leader else _nothing)
+        except BaseException as error:
+            if leader:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointError(_reason(step, self.folder, error)) from error
             raise
         return self.path(step)
 
@@ -96,29 +104,41 @@ class CheckpointFolder:
                 if old != step:
                     shutil.rmtree(self.path(old), ignore_errors=True)
 
-    def load(self, read: Callable[[Path], T], say: Callable[[str], None]) -> tuple[int, T] | None:
+    def load(
+        self, read: Callable[[Path], T], say: Callable[[str], None], mesh: Mesh | None = None
+    ) -> tuple[int, T] | None:
         """Return (step, `read(folder)`) of the newest sound checkpoint, or None when there is none.
 
         A damaged one is named through `say` and the one before it is taken. Raises
-        `CheckpointCorrupt` when checkpoints exist and none is sound.
+        `CheckpointCorrupt` when checkpoints exist and none is sound. The leader of `mesh` decides.
         """
-        order = self._order()
+        found: tuple[int | None, str] = (None, "")
+        if mesh is None or mesh.leader:
+            found = self._sound(say)
+        if mesh is not None:
+            found = mesh.share(found)
+        step, problem = found
+        if problem:
+            raise CheckpointCorrupt(problem)
+        return None if step is None else (step, read(self.path(step)))
+
+    def _sound(self, say: Callable[[str], None]) -> tuple[int | None, str]:
+        """Return the step of the newest sound checkpoint, or why there is none."""
         problems = []
-        for step in order:
-            path = self.path(step)
+        for step in self._order():
             try:
-                verify_manifest(path)
+                verify_manifest(self.path(step))
             except CheckpointCorrupt as error:
                 problems.append(str(error))
                 say(f"{error}; trying the checkpoint before it")
                 continue
-            return step, read(path)
-        if problems:
-            raise CheckpointCorrupt(
-                f"none of the {len(problems)} checkpoints in {self.folder} is sound: "
-                f"{'; '.join(problems)}; restore one or start in another folder"
-            )
-        return None
+            return step, ""
+        if not problems:
+            return None, ""
+        return None, (
+            f"none of the {len(problems)} checkpoints in {self.folder} is sound: "
+            f"{'; '.join(problems)}; restore one or start in another folder"
+        )
 
     def _order(self) -> list[int]:
         steps = self.steps()
@@ -128,6 +148,25 @@ class CheckpointFolder:
         if first is None:
             return steps
         return [first] + [s for s in steps if s < first] + [s for s in steps if s > first]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _together(mesh: Mesh | None, work: Callable[[], None]) -> None:
+    """Do `work` on every process; raise on all when it failed on one."""
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        if mesh is None or mesh.size == 1:
+            raise
+        failure = error
+    if mesh is not None and mesh.any(failure is not None):
+        if failure is not None:
+            raise failure
+        raise CheckpointError("another process could not save its share; see its log")
 
 
 def write_manifest(folder: Path) -> None:
@@ -151,7 +190,7 @@ def verify_manifest(folder: Path) -> None:
     for name, digest in items:
         path = folder / name
         if not path.is_file():
-            raise CheckpointCorrupt(f"{path} is missing")
+            raise CheckpointCorrupt(f"{path}, named in {MANIFEST}, is missing")
         if _sha256(path) != digest:
             raise CheckpointCorrupt(f"{path} differs from its SHA-256 in {MANIFEST}")
 

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from parallel.layout import MeshError, ParallelConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,15 @@ class Mesh:
         """Wait for every process."""
         if self.size > 1:
             dist.barrier()
+
+    def share(self, value: T) -> T:
+        """Return the leader's value on every process."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        found: T = box[0]
+        return found
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; every process calls it."""

@@ -187,8 +187,8 @@ def transformer_config(
         add_qkv_bias=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        # Not perform_initialization=False: initialising is what marks weights as split over tp.
         use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,

@@ -67,6 +67,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2sp": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2": (2, {"pp": 2}),
     "tp2pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2pp2sp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "pp2vpp2": (2, {"pp": 2, "vpp": 2}),
+    "dp2": (2, {"trunk": "megatron"}),
+    "dp2plain": (2, {}),
+    "dp2tp2": (4, {"tp": 2}),
+    "dp2pp2": (4, {"pp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "cp2pp2": (4, {"cp": 2, "pp": 2}),
+    "recompute": (1, {"trunk": "megatron", "recompute": "full"}),
 }
 
 

@@ -1,0 +1,114 @@
+"""Sharded checkpoints: any layout resumes from any other, with optimizer state."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.layout import ParallelConfig
+from tests.parallel import ranks
+from tests.parallel.small import TASKS, SmallStage, small_run
+
+CUT, END = 3, 6
+WHOLE = ParallelConfig(trunk="megatron")
+
+
+def train_part(
+    rank: int, folder: Path, layout: ParallelConfig, until: int, changes: dict[str, Any]
+) -> str:
+    """Train stage 3 in `folder` up to `until` steps; return what the run said."""
+    from engine.train import train
+
+    tasks = TASKS[3][:: layout.data_size(ranks.world())]
+    base = {"steps": END, "save_every": CUT, "parallel": layout, "micro_batches": tasks}
+    stream = io.StringIO()
+    train(
+        small_run(3, **{**base, **changes}), folder, stage=SmallStage(3), until=until, stream=stream
+    )
+    return stream.getvalue()
+
+
+def go(size: int, folder: Path, layout: ParallelConfig, until: int = END, **changes: Any) -> str:
+    text: str = ranks.run(size, train_part, folder, layout, until, changes)[0]
+    return text
+
+
+def curve(folder: Path) -> list[tuple[dict[str, float], float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, END + 1))
+    return [(line["terms"], line["grad_norm"]) for line in lines]
+
+
+def worst(folder: Path, reference: Path) -> float:
+    largest = 0.0
+    for (terms, norm), (true_terms, true_norm) in zip(curve(folder), curve(reference), strict=True):
+        pairs = [(terms[name], true_terms[name]) for name in true_terms] + [(norm, true_norm)]
+        largest = max(largest, *(abs(a - b) / abs(b) for a, b in pairs))
+    return largest
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uncut")
+    go(1, folder, WHOLE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on four ranks (tp2 x pp2), stopped in the middle."""
+    folder = tmp_path_factory.mktemp("cut")
+    go(4, folder, ParallelConfig(tp=2, pp=2), CUT)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, {"trunk": "megatron"}),
+        (2, {"tp": 2}),
+        (2, {"pp": 2}),
+        (2, {"trunk": "megatron"}),
+        (4, {"tp": 2, "pp": 2}),
+    ],
+    ids=["one", "tp2", "pp2", "dp2", "tp2pp2"],
+)
+def test_another_layout_goes_on_as_if_nothing_had_happened(
+    cut: Path, uncut: Path, tmp_path: Path, size: int, layout: dict[str, Any]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(cut, folder)
+    said = go(size, folder, ParallelConfig(**layout))
+    assert f"resuming after step {CUT}" in said
+    assert worst(folder, uncut) <= 1e-5
+
+
+def test_rates_of_each_part_survive_a_resume(cut: Path, uncut: Path, tmp_path: Path) -> None:
+    """Groups that differ only in their rate must not swap on load: other rates, other losses."""
+    folder = tmp_path / "run"
+    shutil.copytree(cut, folder)
+    rates = {**small_run(3).rates, "heads.segment.*": 5e-4}
+    go(1, folder, WHOLE, rates=rates)
+    assert worst(folder, uncut) > 1e-4
+
+
+def test_one_flipped_byte_in_any_file_is_refused_by_name(cut: Path, tmp_path: Path) -> None:
+    from parallel.checkpoint import CheckpointCorrupt, verify_manifest
+
+    source = cut / "checkpoints" / f"step-{CUT}"
+    files = [p for p in source.rglob("*") if p.is_file() and p.stat().st_size]
+    assert len(files) >= 5
+    for number, path in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(source, copy)
+        victim = copy / path.relative_to(source)
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 4
+        victim.write_bytes(data)
+        with pytest.raises(CheckpointCorrupt, match=victim.name.replace(".", r"\.")):
+            verify_manifest(copy)
