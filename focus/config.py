@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Scale = Literal["res2", "res3", "res4", "res5"]
 SCALES: tuple[Scale, ...] = ("res2", "res3", "res4", "res5")

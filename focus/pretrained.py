@@ -1,6 +1,7 @@
-"""Models on disk: config.json, model.safetensors, the vocabulary and the generation defaults.
+"""Models on disk: config.json, safetensors, the vocabulary and the generation defaults.
 
-Pickles are refused: a checkpoint is data and must not be able to run code.
+Large models lie in shards with an index. Models of earlier format versions are migrated as they are
+read. Pickles are refused: a checkpoint is data and must not be able to run code.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from focus.config import ConfigError, FocusConfig, from_json, to_json
+from focus.config import FORMAT_VERSION, ConfigError, FocusConfig, from_json, to_json
 from focus.errors import CheckpointMismatch
+from focus.migration import migrate_config, migrate_name, version_of
+from focus.shards import (
+    MAX_SHARD,
+    PICKLES,
+    ShardWriter,
+    Weights,
+    is_weights,
+    narrow,
+    pickle_advice,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ASSETS = Path(__file__).resolve().parents[1] / "assets"  # of a checkout
 
 
@@ -36,7 +44,7 @@ def find_model(name: str | Path) -> Path:
             return path
     if Path(name).is_dir():
         pickled = sorted(p.name for p in Path(name).iterdir() if p.suffix in PICKLES)
-        advice = f"; {pickled[0]} is a pickle: convert it to safetensors" if pickled else ""
+        advice = f"; {pickle_advice(pickled[0])}" if pickled else ""
         raise CheckpointMismatch(f"{name}: expected {CONFIG} and {WEIGHTS}, found neither{advice}")
     raise CheckpointMismatch(
         f"no model {str(name)!r}: expected a directory with {CONFIG} and {WEIGHTS}, or focus-tiny"
@@ -46,7 +54,7 @@ def find_model(name: str | Path) -> Path:
 def _installed(name: str) -> list[Path]:
     """Where a wheel puts the shipped models."""
     try:
-        import focus_assets
+        import focus_assets  # type: ignore[import-not-found]
     except ImportError:
         return []
     return [Path(root) / name for root in focus_assets.__path__]
@@ -55,29 +63,38 @@ def _installed(name: str) -> list[Path]:
 def read_config(directory: Path) -> FocusConfig:
     """Read the config of a model directory; raises `CheckpointMismatch`."""
     try:
-        return from_json(json.loads((directory / CONFIG).read_text()))
+        return from_json(migrate_config(json.loads((directory / CONFIG).read_text())))
     except (OSError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointMismatch(f"{directory / CONFIG}: {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy a safetensors file into `model`; every tensor must be there and fit.
+    """Copy a checkpoint into `model`; every tensor must be there and fit.
 
-    Weights stored in half precision are widened. Raises `CheckpointMismatch`, before anything is
-    copied.
+    path: a safetensors file, an index or a model directory. Tensors are read one at a time; those
+    stored in half precision are widened, names of earlier format versions translated. Raises
+    `CheckpointMismatch`, before anything is copied.
     """
+    weights = Weights.open(path)
+    version = _version_beside(weights.path)
+    today = {migrate_name(name, version): name for name in weights}
     own = model.state_dict()
+    shapes = {name: weights.shape(saved) for name, saved in today.items()}
+    _compare(path, {n: tuple(t.shape) for n, t in own.items()}, shapes, _ties(own))
+    with torch.no_grad():
+        for name, saved in today.items():
+            own[name].copy_(weights[saved])
+
+
+def _version_beside(path: Path) -> int:
+    """Format version of the config that lies beside a weight file; today's without one."""
+    beside = path.with_name(CONFIG)
+    if not beside.is_file():
+        return FORMAT_VERSION
     try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _compare(path, {n: tuple(t.shape) for n, t in own.items()}, shapes, _ties(own))
-            for name in shapes:
-                with torch.no_grad():
-                    own[name].copy_(file.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointMismatch(
-            f"{path}: a whole safetensors file expected, got {error}; copy or download it again"
-        ) from error
+        return version_of(json.loads(beside.read_text()))
+    except (OSError, json.JSONDecodeError, ConfigError) as error:
+        raise CheckpointMismatch(f"{beside}: {error}") from error
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -112,11 +129,13 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     extra: Mapping[str, str] | None = None,
+    max_shard_bytes: int = MAX_SHARD,
 ) -> None:
     """Write config and weights (and `extra` text files by name) atomically.
 
     Everything is written to a temporary directory beside, then renamed; a model that was there
-    before is replaced only at the end. `dtype` narrows floating parameters, not buffers.
+    before is replaced only at the end. `dtype` narrows floating parameters, not buffers. Weights of
+    more than `max_shard_bytes` are written as shards with an index.
     """
     directory = Path(directory)
     temporary = directory.with_name(directory.name + ".tmp")
@@ -125,33 +144,30 @@ def save_model(
     try:
         if directory.is_dir():
             for file in directory.iterdir():
-                if file.is_file():
+                if file.is_file() and not is_weights(file.name):
                     shutil.copy2(file, temporary)
         state = model.state_dict()
         ties = _ties(state)
         buffers = {name for name, _ in model.named_buffers()}
-        kept = {
-            name: _narrow(tensor, None if name in buffers else dtype)
-            for name, tensor in state.items()
-            if name not in ties
-        }
-        save_file(kept, temporary / WEIGHTS, metadata={"format": "pt"})
+        writer = ShardWriter(temporary, max_bytes=max_shard_bytes)
+        for name, tensor in state.items():
+            if name not in ties:
+                writer.add(name, narrow(tensor.detach(), None if name in buffers else dtype))
+        writer.finish()
         (temporary / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n")
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text)
-        previous = directory.with_name(directory.name + ".old")
-        shutil.rmtree(previous, ignore_errors=True)
-        if directory.exists():
-            os.rename(directory, previous)
-        os.rename(temporary, directory)
-        shutil.rmtree(previous, ignore_errors=True)
+        replace_directory(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    narrowed = tensor.detach().cpu()
-    if dtype is not None and narrowed.is_floating_point():
-        narrowed = narrowed.to(dtype)
-    return narrowed.contiguous()
+def replace_directory(temporary: Path, directory: Path) -> None:
+    """Put a finished directory in the place of another, which stays whole until the end."""
+    previous = directory.with_name(directory.name + ".old")
+    shutil.rmtree(previous, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, previous)
+    os.rename(temporary, directory)
+    shutil.rmtree(previous, ignore_errors=True)
