@@ -28,6 +28,8 @@ EDITS: dict[str, float] = {
     "move": 0.2,
     "background": 0.16,
 }
+MIN_CHANGE = 35.0  # mean absolute difference of 8-bit colours; an edit may be wrong by 30
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "remove": (
         "remove {x}",
@@ -173,9 +175,16 @@ def _point(
     return (f"{words} at <region>" if region else words), region
 
 
+def _differs(one: str, other: str) -> bool:
+    """Whether two backdrop colours are further apart than an edit may miss its target."""
+    a, b = (np.array(BACKGROUND_COLOURS[name]) for name in (one, other))
+    return float(np.abs(a - b).mean()) > MIN_CHANGE
+
+
 def _background(rng: np.random.Generator, scene: Scene) -> Edit:
     old = scene.background
-    colour = choose(rng, [c for c in BACKGROUND_COLOURS if c not in (old.first, old.second)])
+    far = [c for c in BACKGROUND_COLOURS if _differs(c, old.first) and _differs(c, old.second)]
+    colour = choose(rng, far)
     after = replace(scene, background=Background(kind="plain", first=colour, second=colour))
     text = choose(rng, TEMPLATES["background"]).format(c=colour)
     return Edit(kind="background", before=scene, after=after, target=None, text=text)

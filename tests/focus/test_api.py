@@ -1,0 +1,139 @@
+"""The public API on an untrained tiny model: shapes at the picture's size, refusals, repeatability."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from focus import Box, Click, Focus, MaskRegion, Scribble
+from focus.api import point, read_pixels
+from focus.config import focus_tiny
+from focus.errors import CheckpointMismatch
+from focus.model import FocusModel
+from focus.regions import RegionError
+from focus.request import Request, RequestError
+from focus.sampling import Sampling
+from focus.settings import Settings
+from focus.vocabulary import Vocabulary
+
+SETTINGS = Settings(
+    words=4,
+    generation=Sampling(temperature=1.0, guidance=2.0),
+    editing=Sampling(temperature=0.7),
+    steps=2,
+    guidance=1.0,
+    keep_tokens=True,
+    paste_outside=True,
+)
+
+
+@pytest.fixture(scope="module")
+def focus() -> Focus:
+    torch.manual_seed(0)
+    return Focus(FocusModel(focus_tiny()), Vocabulary.load("assets/focus-tiny"), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+
+
+def test_masks_have_the_pictures_size(focus: Focus, picture: np.ndarray) -> None:
+    result = focus.segment(picture, "the red circle")
+    assert [mask.shape for mask in result.masks] == [(90, 150)]
+    regions = [Click(5, 5), Box(0, 0, 20, 10), Scribble([(3, 3), (9, 9)])]
+    result = focus.segment(picture, regions=regions)
+    assert [mask.shape for mask in result.masks] == [(90, 150)] * 3
+    assert result.labels == [0, 1, 2]
+
+
+def test_an_edit_leaves_pixels_outside_its_mask_alone(focus: Focus, picture: np.ndarray) -> None:
+    mask = np.zeros((90, 150), np.bool_)
+    mask[20:40, 30:60] = True
+    result = focus.edit(picture, "remove it", MaskRegion(mask), seed=3)
+    reach = max(1, round(150 / 64))
+    grown = np.pad(result.mask, reach)
+    near = np.any(
+        [
+            np.roll(grown, (dy, dx), (0, 1))[reach:-reach, reach:-reach]
+            for dy in range(-reach, reach + 1)
+            for dx in range(-reach, reach + 1)
+        ],
+        axis=0,
+    )
+    assert result.image.size == (150, 90)
+    assert np.array_equal(np.asarray(result.image)[~near], picture[~near])
+
+
+def test_results_repeat_and_do_not_depend_on_their_batch(focus: Focus) -> None:
+    requests = [Request(task="generation", text=t, seed=i) for i, t in enumerate(("a ring", "two"))]
+    together = focus.generate_batch(requests)
+    alone = [focus.generate_batch([request])[0] for request in requests]
+    for one, two in zip(together, alone, strict=True):
+        assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    again = np.asarray(focus.generate("a ring", seed=0))
+    assert np.array_equal(again, alone[0])
+
+
+def test_saved_models_answer_alike(focus: Focus, picture: np.ndarray, tmp_path: Path) -> None:
+    focus.save_pretrained(tmp_path / "model")
+    loaded = Focus.from_pretrained(tmp_path / "model")
+    assert loaded.settings == SETTINGS and loaded.config == focus.config
+    copied = loaded.model.state_dict()
+    for name, tensor in focus.model.state_dict().items():
+        assert torch.equal(tensor, copied[name]), name
+    one, two = (m.segment(picture, "the blue star") for m in (focus, loaded))
+    assert np.array_equal(one.probabilities[0], two.probabilities[0])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "missing"])
+def test_damaged_models_are_refused_in_words(focus: Focus, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    focus.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+        message = "whole safetensors file"
+    elif damage == "foreign":
+        config = (folder / "config.json").read_text().replace('"num_layers": 6', '"num_layers": 5')
+        (folder / "config.json").write_text(config)
+        message = "not of this config"
+    elif damage == "pickle":
+        (folder / "config.json").unlink()
+        weights.rename(folder / "pytorch_model.bin")
+        message = "pickle"
+    else:
+        folder = tmp_path / "nowhere"
+        message = "no model"
+    with pytest.raises(CheckpointMismatch, match=message):
+        Focus.from_pretrained(folder)
+
+
+def test_wrong_requests_say_what_was_expected(focus: Focus, picture: np.ndarray) -> None:
+    with pytest.raises(RequestError, match="a task of referring"):
+        focus.segment(picture, "x", task="panoptic")
+    with pytest.raises(RequestError, match="needs a text"):
+        focus.segment(picture, " ")
+    with pytest.raises(RequestError, match="at least one region"):
+        focus.segment(picture, task="interactive")
+    with pytest.raises(RequestError, match="no region came"):
+        focus.edit(picture, "make <region> red")
+    with pytest.raises(RegionError, match="inside the picture"):
+        focus.segment(picture, regions=[Click(200, 5)])
+    with pytest.raises(RequestError, match="uint8"):
+        read_pixels(picture.astype(np.float32))
+    with pytest.raises(RequestError, match="picture file"):
+        read_pixels("nowhere.png")
+
+
+def test_a_region_takes_the_place_of_it() -> None:
+    assert point("make it blue") == "make <region> blue"
+    assert point("Replace that one by a star") == "Replace <region> by a star"
+    assert point("remove") == "remove <region>"
+    assert point("turn <region> red") == "turn <region> red"
+
+
+def test_grey_and_transparent_pictures_become_rgb() -> None:
+    assert read_pixels(Image.new("L", (4, 3), 7)).tolist() == [[[7, 7, 7]] * 4] * 3
