@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
-
 import torch
 from torch import Tensor
 
 from kernels import native
 from kernels.kernel import Request
-
-CACHE_SIZE = 8
-_lock = threading.Lock()
-_cache: OrderedDict[int, tuple[weakref.ref[Tensor], int, Prepared]] = OrderedDict()
+from kernels.remember import Remembered
 
 
 class Prepared:
@@ -60,6 +53,9 @@ class Prepared:
         return index, distance
 
 
+_prepared: Remembered[Prepared] = Remembered()
+
+
 def refuse(request: Request) -> str | None:
     """Return why the native library cannot serve a request."""
     if request.device != "cpu":
@@ -72,28 +68,8 @@ def refuse(request: Request) -> str | None:
 
 
 def prepare(codes: Tensor) -> Prepared:
-    """Return the prepared form of `codes`, remembered until the tensor dies or is written to.
-
-    A write is noticed by the tensor's version counter; tensors without one (created in inference
-    mode) are prepared at every call.
-    """
-    if codes.is_inference():
-        return Prepared(codes)
-    key = id(codes)
-    with _lock:
-        entry = _cache.get(key)
-        if entry is not None and entry[0]() is codes and entry[1] == codes._version:
-            _cache.move_to_end(key)
-            return entry[2]
-    prepared = Prepared(codes)
-    with _lock:
-        _cache[key] = (weakref.ref(codes), codes._version, prepared)
-        _cache.move_to_end(key)
-        for stale in [k for k, (ref, _, _) in _cache.items() if ref() is None]:
-            del _cache[stale]
-        while len(_cache) > CACHE_SIZE:
-            _cache.popitem(last=False)
-    return prepared
+    """Return the prepared form of `codes`, remembered until the tensor dies or is written to."""
+    return _prepared.get((codes,), lambda: Prepared(codes))
 
 
 def codebook_lookup(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

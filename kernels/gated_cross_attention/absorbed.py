@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.remember import Remembered
+
 CHUNK_BYTES = 2 << 20  # scores of one chunk of tokens
 
 
@@ -64,10 +66,21 @@ def scores_of(rows: Tensor, features: Tensor, bias: Tensor | None, part: slice) 
 
 
 def attend(rows: Tensor, features: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return softmax(rows f^T) f [B, R, C] and the log-sum-exp [B, R], chunk by chunk.
+    """Return softmax(rows f^T) f [B, R, C] and the log-sum-exp [B, R].
 
     A row without a single allowed token gives context 0 and lse +inf.
     """
+    if rows.device.type == "cpu" and bias is None:
+        q, kv = rows[:, None], features[:, None]
+        context, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, kv, kv, 0.0, False, scale=1.0
+        )
+        return context[:, 0], lse[:, 0]
+    return attend_chunked(rows, features, bias)
+
+
+def attend_chunked(rows: Tensor, features: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Do the same with plain matrix products, one chunk of tokens after the other."""
     dtype = compute_dtype(rows.dtype)
     batch, num_rows, channels = rows.shape
     context = torch.zeros(batch, num_rows, channels, dtype=dtype, device=rows.device)
@@ -99,6 +112,17 @@ def padding_bias(padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | No
     return torch.zeros_like(padding_mask, dtype=dtype).masked_fill_(padding_mask, float("-inf"))
 
 
+_folded: Remembered[Weights] = Remembered()
+
+
+def fold_once(
+    w_feature: Tensor, b_feature: Tensor, w_k: Tensor, w_v: Tensor, num_heads: int
+) -> Weights:
+    """Fold, remembering the result while no weight is written to: for inference."""
+    sources = (w_feature, b_feature, w_k, w_v)
+    return _folded.get(sources, lambda: fold(*sources, num_heads))
+
+
 def forward(
     residual: Tensor,
     query: Tensor,
@@ -112,16 +136,22 @@ def forward(
     gate: Tensor,
     num_heads: int,
     padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (output, context [B, H, Q, C], lse [B, H, Q]); the last two serve the backward."""
+    weights: Weights | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, and for the backward: context [B, H, Q, C], lse [B, H, Q], folded weights.
+
+    Folded weights are those of keys and values, [H, D / H, C].
+    """
+    if weights is None:
+        weights = fold(w_feature, b_feature, w_k, w_v, num_heads)
     batch, num_queries, _ = query.shape
     channels = features.shape[2]
     dtype = compute_dtype(query.dtype)
     if features.shape[1] == 0 or query.numel() == 0:
         shape = (batch, num_heads, num_queries)
         empty = torch.full(shape, float("inf"), dtype=dtype, device=query.device)
-        return residual.clone(), empty.new_zeros(*shape, channels), empty
-    weights = fold(w_feature, b_feature, w_k, w_v, num_heads)
+        context = empty.new_zeros(*shape, channels)
+        return residual.clone(), context, empty, weights.keys, weights.values
     rows = (split(query @ w_q.T, num_heads) @ weights.keys).flatten(1, 2)
     context, lse = attend(rows, features, padding_bias(padding_mask, dtype))
     context = context.reshape(batch, num_heads, num_queries, channels)
@@ -129,7 +159,7 @@ def forward(
     attended = attended_of(context, weights, padding_mask)
     update = (merge(attended) @ w_o.T).to(dtype)
     out = residual.to(dtype) + torch.tanh(gate.to(dtype)) * update
-    return out.to(residual.dtype), context, lse
+    return out.to(residual.dtype), context, lse, weights.keys, weights.values
 
 
 def attended_of(context: Tensor, weights: Weights, padding_mask: Tensor | None) -> Tensor:
@@ -157,4 +187,5 @@ def gated_cross_attention(
 ) -> Tensor:
     """Return the output alone."""
     arguments = (residual, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
-    return forward(*arguments, num_heads, padding_mask)[0]
+    weights = fold_once(w_feature, b_feature, w_k, w_v, num_heads)
+    return forward(*arguments, num_heads, padding_mask, weights)[0]

@@ -18,7 +18,6 @@ from kernels.gated_cross_attention.absorbed import (
     attended_of,
     chunk_length,
     compute_dtype,
-    fold,
     forward,
     merge,
     padding_bias,
@@ -79,6 +78,8 @@ def backward(
     needs_features: bool,
     context: Tensor,
     lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> list[Tensor]:
     """Return gradients of query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate."""
     inputs = (query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
@@ -87,7 +88,7 @@ def backward(
         empty[1] = empty[1] if needs_features else features.new_empty(0)
         return empty
     dtype, low = compute_dtype(query.dtype), query.dtype
-    weights = fold(w_feature, b_feature, w_k, w_v, num_heads)
+    weights = Weights(keys, values, (w_v @ b_feature).reshape(num_heads, 1, -1))
     heads = split(query @ w_q.T, num_heads)
     attended = merge(attended_of(context, weights, padding_mask))
     opening = torch.tanh(gate.to(dtype))
@@ -171,7 +172,7 @@ def gated_cross_attention_backward(
 ) -> list[Tensor]:
     """Return the gradients without a saved context: the forward runs again."""
     weights = (w_feature, b_feature, w_q, w_k, w_v, w_o)
-    _, context, lse = forward(grad, query, features, *weights, gate, num_heads, padding_mask)
+    _, *saved = forward(grad, query, features, *weights, gate, num_heads, padding_mask)
     return backward(
         grad,
         query,
@@ -181,6 +182,5 @@ def gated_cross_attention_backward(
         num_heads,
         padding_mask,
         needs_features,
-        context,
-        lse,
+        *saved,
     )

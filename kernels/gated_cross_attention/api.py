@@ -71,7 +71,7 @@ def gated_cross_attention(
     elif chosen.name == "reference":
         out = _forward(*arguments)
     else:
-        out, _, _ = _training(*arguments)
+        out = _training(*arguments)[0]
     return out
 
 
@@ -230,13 +230,13 @@ def _training(
     gate: Tensor,
     num_heads: int,
     padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (residual, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
     chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, backward=True))
     with torch.autocast(query.device.type, enabled=False):
-        results: tuple[Tensor, Tensor, Tensor] = dispatch.load(chosen.module).forward(
-            *arguments, num_heads, padding_mask
-        )
+        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.load(
+            chosen.module
+        ).forward(*arguments, num_heads, padding_mask)
     return results
 
 
@@ -254,13 +254,16 @@ def _(
     gate: Tensor,
     num_heads: int,
     padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     shape = (query.shape[0], num_heads, query.shape[1])
+    folded = (num_heads, query.shape[2] // num_heads, features.shape[2])
     return (
         residual.new_empty(residual.shape),
         query.new_empty((*shape, features.shape[2]), dtype=dtype),
         query.new_empty(shape, dtype=dtype),
+        query.new_empty(folded),
+        query.new_empty(folded),
     )
 
 
@@ -281,10 +284,12 @@ def _training_backward(
     needs_features: bool,
     context: Tensor,
     lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> list[Tensor]:
     chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, needs_features, True))
     weights = (w_feature, b_feature, w_q, w_k, w_v, w_o)
-    rest = (gate, num_heads, padding_mask, needs_features, context, lse)
+    rest = (gate, num_heads, padding_mask, needs_features, context, lse, keys, values)
     with torch.autocast(query.device.type, enabled=False):
         grads: list[Tensor] = dispatch.load(chosen.backward_module).backward(
             grad, query, features, *weights, *rest
@@ -309,6 +314,8 @@ def _(
     needs_features: bool,
     context: Tensor,
     lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> list[Tensor]:
     like = (query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
     return [t.new_empty((0,) if t is features and not needs_features else t.shape) for t in like]
@@ -322,11 +329,19 @@ def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _training_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, padding_mask, context, lse = ctx.saved_tensors
+    *tensors, padding_mask, context, lse, keys, values = ctx.saved_tensors
     needs_features = ctx.needs_input_grad[2]
     grads: list[Tensor | None] = list(
         _training_backward(
-            grad, *tensors, ctx.num_heads, padding_mask, needs_features, context, lse
+            grad,
+            *tensors,
+            ctx.num_heads,
+            padding_mask,
+            needs_features,
+            context,
+            lse,
+            keys,
+            values,
         )
     )
     if not needs_features:

@@ -1,0 +1,57 @@
+"""Results derived from frozen tensors, remembered until one of them dies or is written to."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """A small cache keyed by the identity and the version counters of its source tensors.
+
+    In-place writes raise a tensor's version; writes through `.data` do not, so this serves
+    inference and frozen tensors only. Tensors created in inference mode have no version and are
+    never remembered. Safe to use from several threads.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[
+            tuple[int, ...], tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], T]
+        ] = OrderedDict()
+
+    def get(self, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+        """Return the remembered value of `sources`, or make and remember it."""
+        if any(source.is_inference() for source in sources):
+            return make()
+        key = tuple(id(source) for source in sources)
+        versions = tuple(source._version for source in sources)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry[1] == versions:
+                if all(ref() is source for ref, source in zip(entry[0], sources, strict=True)):
+                    self._entries.move_to_end(key)
+                    return entry[2]
+        value = make()
+        with self._lock:
+            self._entries[key] = (tuple(weakref.ref(s) for s in sources), versions, value)
+            self._entries.move_to_end(key)
+            dead = [
+                k for k, (refs, _, _) in self._entries.items() if any(r() is None for r in refs)
+            ]
+            for stale in dead:
+                del self._entries[stale]
+            while len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+        return value
+
+    def __len__(self) -> int:
+        return len(self._entries)
