@@ -1,4 +1,4 @@
-"""The public API on an untrained tiny model: shapes at the picture's size, refusals, repeatability."""
+"""The public API on an untrained tiny model: sizes, refusals, repeatability."""
 
 from pathlib import Path
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from focus.batch import Source
-from focus.config import CONFIGS, ConfigError, FocusConfig, focus_tiny, from_json, to_json
+from focus.config import (
+    CONFIGS,
+    ConfigError,
+    FocusConfig,
+    VanillaConfig,
+    focus_tiny,
+    from_json,
+    to_json,
+)
 from focus.inputs import collate, resize
 from focus.losses import expected_code_loss, language_loss
 from focus.model import FocusModel, gather, place, pool_conditions
