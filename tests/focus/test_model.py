@@ -133,9 +133,7 @@ def test_config_errors_name_the_field() -> None:
     values["llm"]["depth"] = 3
     with pytest.raises(ConfigError, match=r"config.llm: unknown keys \['depth'\]"):
         from_json(values)
-    with pytest.raises(ConfigError, match="format version 1 expected, got 99"):
+    with pytest.raises(ConfigError, match="format version"):
         from_json({**to_json(focus_tiny()), "format_version": 99})
     with pytest.raises(ConfigError, match="multiple of 14 pixels"):
-        FocusConfig(
-            name="x", vanilla=focus_tiny().vanilla.__class__(image_size=(50, 56), patch_size=7)
-        )
+        FocusConfig(name="x", vanilla=VanillaConfig(image_size=(50, 56), patch_size=7))
