@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -72,7 +72,8 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.78, 0.78),
 }
 MAX_TILT = 0.2  # radians; shapes stay recognisable and a square never becomes a diamond
-_HOSTS = ("circle", "square", "ring", "heart")  # shapes wide enough to hold a small object
+# Shapes that can hold a small object, and from which radius on; the hole of a ring stays visible.
+_HOSTS = {"circle": 0.15, "square": 0.15, "heart": 0.15, "ring": 0.185}
 _COUNT_WEIGHTS = np.cumsum([0.08, 0.22, 0.27, 0.22, 0.13, 0.08])
 
 
@@ -190,51 +191,85 @@ def random_pairs(
     return pairs
 
 
-def _place(
+def _free(placed: list[SceneObject], item: SceneObject, crowded: bool) -> bool:
+    """Whether an object keeps its distance from all others; a little overlap is free if crowded."""
+    for other in placed:
+        overlap = crowded and other.colour != item.colour
+        reach = (0.86 if overlap else 1.18) * (other.radius + item.radius)
+        if (other.x - item.x) ** 2 + (other.y - item.y) ** 2 < reach * reach:
+            return False
+    return True
+
+
+def _hosted(
+    rng: np.random.Generator, placed: list[SceneObject], item: SceneObject
+) -> SceneObject | None:
+    """The small object in the middle of a large one that has room and stands apart."""
+    for host in placed:
+        if host.radius < _HOSTS.get(host.shape, 1.0) or host.colour == item.colour:
+            continue
+        if any(
+            o is not host and np.hypot(o.x - host.x, o.y - host.y) < o.radius + 0.13 for o in placed
+        ):
+            continue
+        dx, dy = rng.uniform(-0.01, 0.01, 2)
+        lift = 0.12 * host.radius if host.shape == "heart" else 0.0
+        x, y = host.x + float(dx), host.y + float(dy) - lift
+        return replace(item, x=x, y=y, radius=SMALL_RADIUS[0])
+    return None
+
+
+def _placed(
     rng: np.random.Generator,
     placed: list[SceneObject],
-    pair: tuple[str, str],
-    size: str,
+    item: SceneObject,
     crowded: bool,
-    hosting: float,
     anchored: bool,
 ) -> SceneObject | None:
-    radius = float(rng.uniform(*(SMALL_RADIUS if size == "small" else LARGE_RADIUS)))
-    tilt = float(rng.uniform(-MAX_TILT, MAX_TILT))
-    depth = len(placed)
-    if size == "small" and rng.random() < hosting:
-        for host in placed:
-            free = all(
-                o is host or np.hypot(o.x - host.x, o.y - host.y) > o.radius + 0.13 for o in placed
-            )
-            if host.size == "large" and host.shape in _HOSTS and host.colour != pair[0] and free:
-                x, y = (
-                    c + float(d)
-                    for c, d in zip((host.x, host.y), rng.uniform(-0.01, 0.01, 2), strict=True)
-                )
-                if host.shape == "heart":
-                    y -= 0.12 * host.radius
-                return SceneObject(
-                    colour=pair[0], shape=pair[1], size=size, x=x, y=y,
-                    radius=SMALL_RADIUS[0], depth=depth, tilt=tilt,
-                )  # fmt: skip
-    low, high = 1.06 * radius, 1.0 - 1.06 * radius
+    """The object at a free spot, or None if none of the spots tried is free."""
+    low, high = 1.06 * item.radius, 1.0 - 1.06 * item.radius
     spots = rng.uniform(low, high, (24, 2))
     if anchored:
         places = rng.permutation(np.array(list(PLACES.values())))
         spots = np.clip(places + rng.uniform(-0.04, 0.04, places.shape), low, high)
     for x, y in spots:
-        for other in placed:
-            overlap = crowded and other.colour != pair[0]
-            reach = (0.86 if overlap else 1.18) * (other.radius + radius)
-            if (other.x - x) ** 2 + (other.y - y) ** 2 < reach * reach:
-                break
-        else:
-            return SceneObject(
-                colour=pair[0], shape=pair[1], size=size, x=float(x), y=float(y),
-                radius=radius, depth=depth, tilt=tilt,
-            )  # fmt: skip
+        there = replace(item, x=float(x), y=float(y))
+        if _free(placed, there, crowded):
+            return there
     return None
+
+
+def _arrange(
+    rng: np.random.Generator,
+    pairs: Sequence[tuple[str, str]],
+    hosting: float,
+    anchored: bool,
+) -> tuple[SceneObject, ...] | None:
+    """Objects of the given pairs with random sizes and places; None if they did not fit."""
+    num = len(pairs)
+    crowded = bool(rng.random() < 0.35)
+    large = rng.random(num) < (0.5 if num < 5 else 0.35)
+    found: dict[int, SceneObject] = {}
+    for i in np.argsort(~large, kind="stable"):  # large ones first, so they lie behind
+        item = SceneObject(
+            colour=pairs[i][0],
+            shape=pairs[i][1],
+            size=SIZES[int(large[i])],
+            x=0.5,
+            y=0.5,
+            radius=float(rng.uniform(*(LARGE_RADIUS if large[i] else SMALL_RADIUS))),
+            depth=len(found),
+            tilt=float(rng.uniform(-MAX_TILT, MAX_TILT)),
+        )
+        others = list(found.values())
+        there = None
+        if not large[i] and rng.random() < hosting:
+            there = _hosted(rng, others, item)
+        there = there or _placed(rng, others, item, crowded, anchored)
+        if there is None:
+            return None
+        found[int(i)] = there
+    return tuple(found[i] for i in range(num))
 
 
 def random_scene(
@@ -266,18 +301,6 @@ def random_scene(
     background = random_background(rng)
     pairs = pairs or random_pairs(rng, split, num, all_unseen)
     while True:
-        crowded = bool(rng.random() < 0.35)
-        large = rng.random(num) < (0.5 if num < 5 else 0.35)
-        order = np.argsort(~large, kind="stable")  # large ones find their place first
-        placed: list[SceneObject] = []
-        slots: dict[int, SceneObject] = {}
-        for i in order:
-            size = SIZES[int(large[i])]
-            item = _place(rng, placed, pairs[i], size, crowded, hosting, anchored)
-            if item is None:
-                break
-            placed.append(item)
-            slots[int(i)] = item
-        if len(placed) == num:
-            objects = tuple(slots[i] for i in range(num))
+        objects = _arrange(rng, pairs, hosting, anchored)
+        if objects is not None:
             return Scene(objects=objects, background=background)
