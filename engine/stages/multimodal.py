@@ -42,7 +42,8 @@ class Step:
 class MultimodalStage(Stage):
     """Base of warm-up, pretraining and instruction tuning.
 
-    `extra`: segmentation (bool), visual_weight, edit_token_weight, code_weight.
+    `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight, and
+    tasks_per_step: so many of the run's micro-batches a step, in turn (default: all of them).
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,12 @@ class MultimodalStage(Stage):
         model = FocusModel(config_of(run))
         load_initial(model, run.init_from)
         return model
+
+    def micro_batches(self, run: Run, step: int) -> tuple[tuple[str, int], ...]:
+        """Return the step's share of the mixture."""
+        count = int(run.extra.get("tasks_per_step", len(run.micro_batches)))
+        mixture = run.micro_batches
+        return tuple(mixture[(step * count + i) % len(mixture)] for i in range(count))
 
     def batches(self, run: Run, step: int, micro: Micro) -> Batch:
         """Draw one task-homogeneous micro-batch."""
@@ -70,7 +77,9 @@ class MultimodalStage(Stage):
         self.shown[batch.task] = done
         terms = self.language_terms(model, done)
         if done.prediction is not None:
-            terms.update(segmentation_terms(model, done))
+            weight = float(self.run.extra.get("segment_weight", 1.0))
+            found = segmentation_terms(model, done)
+            terms.update({name: weight * value for name, value in found.items()})
         return {f"{batch.task}/{name}": value for name, value in terms.items()}
 
     def language_terms(self, model: FocusModel, done: Step) -> dict[str, Tensor]:

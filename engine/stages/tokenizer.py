@@ -27,17 +27,20 @@ from focus.tokenizer.dual import TokenizerWeights
 class TokenizerModel(FocusModel):
     """FOCUS with the discriminator beside it."""
 
-    def __init__(self, config: FocusConfig, channels: int, start: int, warm: int) -> None:
+    def __init__(
+        self, config: FocusConfig, channels: int, weight: float, start: int, warm: int
+    ) -> None:
         super().__init__(config)
         self.scratch = Adversary(
             Discriminator(channels, num_layers=2 if config.pixel.image_size[0] < 128 else 3),
+            weight=weight,
             start=start,
             discriminator_start=warm,
         )
 
 
 class TokenizerStage(Stage):
-    """`extra`: gan_channels, gan_start, gan_warm (step the discriminator starts), perceptual."""
+    """`extra`: gan_channels, gan_weight, gan_start, gan_warm (the discriminator's), perceptual."""
 
     def __init__(self) -> None:
         self._weights = TokenizerWeights()
@@ -50,6 +53,7 @@ class TokenizerStage(Stage):
         model = TokenizerModel(
             config_of(run),
             extra.get("gan_channels", 64),
+            extra.get("gan_weight", 0.5),
             extra.get("gan_start", 20_000),
             extra.get("gan_warm", 20_000),
         )
