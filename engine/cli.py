@@ -11,14 +11,17 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 from engine.commands import NAMES, load
 
 DESCRIPTION = "FOCUS: segment what you name or point at, edit what you segmented."
 MAX_LINE = 400
+FLOORS = ("kernels", "focus", "parallel", "engine", "bench")
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        return load(args.command).run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = note
+            return load(args.command).run(args)
     except KeyboardInterrupt:
         print("focus: interrupted", file=sys.stderr)
         return 130
@@ -68,6 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return report(args.command, error)
+
+
+def note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning of ours as one line; those of libraries are not for users."""
+    house = Path(__file__).resolve().parents[1]
+    if any(Path(filename).is_relative_to(house / floor) for floor in FLOORS):
+        print(f"note: {message}", file=sys.stderr)
 
 
 def report(command: str, error: Exception) -> int:

@@ -80,7 +80,7 @@ def render(
     curves: Sequence[Curve],
 ) -> str:
     """Return the whole page as HTML."""
-    links = [(section.name, section.title) for section in sections]
+    links = [(section.name, section.name.capitalize()) for section in sections]
     if figures:
         links.insert(0, ("figures", "Measured"))
     if curves:
@@ -166,7 +166,7 @@ def _card(example: Example) -> str:
         for shot in example.shots
     )
     words = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(value) or '&mdash;'}</dd>"
+        f"<dt>{escape(name)}</dt><dd>{escape(_shorten(value)) or '&mdash;'}</dd>"
         for name, value in example.words
     )
     badge = f'<span class="badge {example.verdict}">{escape(example.badge)}</span>'
@@ -177,6 +177,10 @@ def _card(example: Example) -> str:
         f'<div class="shots">{shots}</div>{f"<dl>{words}</dl>" if words else ""}'
         f'<p class="time">{example.seconds:.2f} s</p></article>'
     )
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _curves(curves: Sequence[Curve]) -> str:

@@ -91,7 +91,7 @@ def interactive(model: Focus, seed: int) -> Section:
 def by_class(model: Focus, seed: int) -> Section:
     """Class-based segmentation."""
     return Section(
-        name="class",
+        name="classes",
         title="Find every object of a list",
         told="Candidate names go in; each found object comes out with the name that fits best.",
         examples=tuple(_segment(model, record) for record in first("class", seed, 4)),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,19 @@ def test_an_internal_error_is_one_line_and_exit_code_1(
     )
     monkeypatch.setenv("FOCUS_DEBUG", "1")
     assert "Traceback" in focus(capsys, "generate", "x")[2]
+
+
+def test_a_warning_of_ours_is_one_line_and_one_of_a_library_is_silent(
+    capsys: pytest.CaptureFixture[str], model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(_name: str) -> None:
+        for name, place in (("ours", options.__file__), ("theirs", np.__file__)):
+            warnings.warn_explicit(f"{name} is weak", UserWarning, place, 1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(options, "load_model", warn)
+    code, _, err = focus(capsys, "generate", "x")
+    assert (code, err) == (2, "note: ours is weak\nfocus generate: error: enough\n")
 
 
 def test_an_interrupt_is_exit_code_130(
