@@ -86,6 +86,7 @@ class SplitModel(MegatronModule):
             if not name.startswith("llm."):
                 # Replicated over tp: averaging keeps copies equal where CUDA kernels are not exact.
                 parameter.average_gradients_across_tp_domain = True
+        self.least_length = self.least_rows = 0  # what every micro-batch is padded to, see below
         self._received: Tensor | None = None
 
     # The names that megatron-core's schedules and gradient finalisation look for.
@@ -124,10 +125,10 @@ class SplitModel(MegatronModule):
             states = None
         hidden = self.llm.states(states)
         if not self.post_process:
-            if maps is not None:
-                rows = self._pack(maps)
+            if self.pre_process:
+                rows = self._pack(maps, batch)
             return hidden if rows is None else torch.cat([hidden, rows], 0)
-        if maps is None and rows is not None:
+        if maps is None and rows is not None and batch.pictures is not None:
             maps = self._restore_maps(rows, batch)
         whole_hidden = self._join_sequence(hidden, batch.input_ids.shape[1])
         work.seed(micro, "heads")
@@ -159,7 +160,9 @@ class SplitModel(MegatronModule):
         tp, cp = self.config.tensor_model_parallel_size, self.config.context_parallel_size
         multiple = (tp if self.config.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
         states = embeddings.to(self.config.params_dtype).transpose(0, 1)
-        states = F.pad(states, (0, 0, 0, 0, 0, -states.shape[0] % multiple)).contiguous()
+        length = max(self.least_length, states.shape[0])
+        padding = -(-length // multiple) * multiple - states.shape[0]
+        states = F.pad(states, (0, 0, 0, 0, 0, padding)).contiguous()
         if cp > 1:
             rank = parallel_state.get_context_parallel_rank()
             states = states[zigzag(states.shape[0], cp)[rank].to(states.device)]
@@ -184,27 +187,31 @@ class SplitModel(MegatronModule):
         dims = self.focus.hierarchical.dims
         return [(dim, height // (4 << i), width // (4 << i)) for i, dim in enumerate(dims)]
 
-    def _num_rows(self, batch: Batch) -> int:
+    def num_rows(self, batch: Batch) -> int:
         """Rows of D numbers that one picture's features fill, a multiple of tp under SP."""
-        if batch.pictures is None:
-            return 0
-        rows = -(-sum(math.prod(shape) for shape in self._shapes(batch)) // self.focus.llm.dim)
+        rows = 0
+        if batch.pictures is not None:
+            rows = -(-sum(math.prod(s) for s in self._shapes(batch)) // self.focus.llm.dim)
         tp = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return -(-rows // tp) * tp
+        return -(-max(rows, self.least_rows) // tp) * tp
 
-    def _pack(self, maps: Sequence[Tensor]) -> Tensor:
-        flat = torch.cat([part.flatten(1) for part in maps], 1).to(self.config.params_dtype)
-        dim = self.focus.llm.dim
-        tp = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        flat = F.pad(flat, (0, -flat.shape[1] % (dim * tp)))
-        rows = flat.view(flat.shape[0], -1, dim).transpose(0, 1).contiguous()
+    def _pack(self, maps: Sequence[Tensor] | None, batch: Batch) -> Tensor | None:
+        dim, rows = self.focus.llm.dim, self.num_rows(batch)
+        if rows == 0:
+            return None
+        size = batch.input_ids.shape[0]
+        flat = torch.zeros(size, 0, device=batch.input_ids.device)
+        if maps is not None:
+            flat = torch.cat([part.flatten(1) for part in maps], 1)
+        flat = F.pad(flat.to(self.config.params_dtype), (0, rows * dim - flat.shape[1]))
+        packed: Tensor = flat.view(size, rows, dim).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
-            rows = scatter_to_sequence_parallel_region(rows)
-        return rows
+            packed = scatter_to_sequence_parallel_region(packed)
+        return packed
 
     def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         assert self._received is not None
-        rows = self._num_rows(batch)
+        rows = self.num_rows(batch)
         if self.config.sequence_parallel:
             rows //= self.config.tensor_model_parallel_size
         if rows == 0:

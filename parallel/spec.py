@@ -170,7 +170,8 @@ def transformer_config(
     elif layout.recompute == "selective":
         options.update(recompute_granularity="selective")
     if layout.vpp > 1:
-        # With two pipeline ranks both neighbours are one rank and batched messages cross.
+        # With two pipeline ranks both neighbours are one rank and batched messages cross; messages
+        # about shapes always are batched, so the engine makes all micro-batches one shape.
         options.update(overlap_p2p_comm=False, batch_p2p_comm=False)
     return TransformerConfig(
         num_layers=llm.num_layers,
@@ -201,7 +202,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=layout.pp > 1,
+        variable_seq_lengths=layout.pp > 1 and layout.vpp == 1,
         moe_token_dispatcher_type="alltoall",
         finalize_model_grads_func=finalize_model_grads,
         **options,

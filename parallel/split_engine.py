@@ -132,7 +132,7 @@ class SplitEngine:
             data_iterator=[iter(items) for _ in self.wrapped] if many else iter(items),
             model=self.wrapped if many else self.wrapped[0],
             num_microbatches=len(items),
-            seq_length=items[0][1].input_ids.shape[1],
+            seq_length=self._message_length([batch for _, batch, _ in items]),
             micro_batch_size=items[0][1].input_ids.shape[0],
             forward_only=False,
         )
@@ -160,6 +160,27 @@ class SplitEngine:
     def _parts(self) -> list[Any]:
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+    def _message_length(self, batches: Sequence[Batch]) -> int:
+        """Length that the schedule sizes its buffers by; interleaving needs one for all."""
+        longest = max(batch.input_ids.shape[1] for batch in batches)
+        if self.layout.vpp == 1:
+            return longest  # ignored: shapes are sent along
+        sizes = sorted({batch.input_ids.shape[0] for batch in batches})
+        if len(sizes) > 1:
+            raise MeshError(
+                f"vpp above 1 needs micro-batches of one size, got {sizes}; change micro_batches "
+                "or set parallel.vpp=1"
+            )
+        tp, cp = self.layout.tp if self.layout.sequence_parallel else 1, self.layout.cp
+        multiple = tp * (2 * cp if cp > 1 else 1)
+        length = -(-longest // multiple) * multiple
+        for chunk in self.chunks:
+            chunk.least_rows = 0
+        rows: int = max(self.chunks[0].num_rows(batch) for batch in batches)
+        for chunk in self.chunks:
+            chunk.least_length, chunk.least_rows = length, rows
+        return length + rows * cp
 
     def _check_micro_batches(self, count: int) -> None:
         if self.layout.vpp > 1 and count % self.layout.pp:

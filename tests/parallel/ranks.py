@@ -77,9 +77,33 @@ def enter(
         answer = work(rank, *arguments)
         dist.barrier()
         dist.destroy_process_group()
-        results.put((rank, None, answer))
+        if results is not None:
+            results.put((rank, None, answer))
     except BaseException:
+        if results is None:
+            raise
         results.put((rank, traceback.format_exc(), None))
+
+
+def launch(
+    size: int, folder: Path, work: Callable[..., Any], *arguments: Any
+) -> list[ForkServerProcess]:
+    """Start ranks that may be killed: nothing is shared with them but a store in `folder`."""
+    store = str(folder / f"store-{time.monotonic_ns()}")
+    return [start(context(), rank, size, store, None, work, arguments) for rank in range(size)]
+
+
+def codes(processes: list[ForkServerProcess], seconds: float = 60.0) -> list[int | None]:
+    """Wait for every rank; return the exit codes. A rank that hangs is an error."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, end - time.monotonic()))
+    hanging = [i for i, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not hanging, f"ranks {hanging} still ran after {seconds} s"
+    return [process.exitcode for process in processes]
 
 
 def collect(

@@ -1,4 +1,4 @@
-"""Twenty steps of stages 2, 3 and 4 at every layout equal one process."""
+"""Steps of stages 2, 3 and 4 at every layout equal one process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from parallel.layout import ParallelConfig
 from tests.parallel import ranks
 from tests.parallel.small import TASKS, SmallStage, small_run
 
+STEPS = 4  # in every run of the tests; the slow ones do twenty
 Curve = list[tuple[dict[str, float], float]]
 
 
 def curves(
-    rank: int, layout: ParallelConfig, stages: tuple[int, ...], steps: int, **changes: Any
+    rank: int, layout: ParallelConfig, stages: tuple[int, ...], steps: int, changes: dict[str, Any]
 ) -> dict[int, Curve]:
     """(terms, gradient norm) of every step of each stage."""
     from engine.run import derive_seed
@@ -24,8 +25,8 @@ def curves(
     found: dict[int, Curve] = {}
     for number in stages:
         data = 1 if layout.data_size(ranks.world()) == 1 else 2
-        tasks = TASKS[number][::data]
-        run = small_run(number, parallel=layout, micro_batches=tasks, **changes)
+        tasks = changes.get("micro_batches", TASKS[number])[::data]
+        run = small_run(number, **{**changes, "parallel": layout, "micro_batches": tasks})
         stage = SmallStage(number)
         with open_mesh(layout) as mesh:
             seed_everything(derive_seed(run.seed, "build"))
@@ -38,8 +39,14 @@ def curves(
     return found
 
 
-def run(size: int, layout: ParallelConfig, stages: tuple[int, ...] = (2, 3, 4)) -> dict[int, Curve]:
-    answers = ranks.run(size, curves, layout, stages, 20)
+def run(
+    size: int,
+    layout: ParallelConfig,
+    stages: tuple[int, ...] = (2, 3, 4),
+    steps: int = STEPS,
+    **changes: Any,
+) -> dict[int, Curve]:
+    answers = ranks.run(size, curves, layout, stages, steps, changes, seconds=600)
     assert all(answer == answers[0] for answer in answers), "ranks report different numbers"
     found: dict[int, Curve] = answers[0]
     return found
@@ -68,7 +75,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pp": 2}),
     "tp2pp2": (4, {"tp": 2, "pp": 2}),
     "tp2pp2sp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
-    "pp2vpp2": (2, {"pp": 2, "vpp": 2}),
     "dp2": (2, {"trunk": "megatron"}),
     "dp2plain": (2, {}),
     "dp2tp2": (4, {"tp": 2}),
@@ -79,9 +85,48 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_twenty_steps_equal_one_process(name: str, single: dict[int, Curve]) -> None:
+QUICK = ("megatron", "tp2sp", "pp2", "dp2", "dp2plain", "cp2")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_few_steps_equal_one_process(name: str, single: dict[int, Curve]) -> None:
     size, layout = LAYOUTS[name]
     found = run(size, ParallelConfig(**layout))
     for stage, curve in found.items():
         assert worst(curve, single[stage]) <= 1e-4, f"stage {stage}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_twenty_steps_equal_one_process(name: str, whole: dict[int, Curve]) -> None:
+    size, layout = LAYOUTS[name]
+    found = run(size, ParallelConfig(**layout), steps=20)
+    for stage, curve in found.items():
+        assert worst(curve, whole[stage]) <= 1e-4, f"stage {stage}"
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[int, Curve]:
+    return run(1, ParallelConfig(), steps=20)
+
+
+def test_interleaved_pipeline_and_four_ranks_equal_one_process() -> None:
+    """One micro-batch has no picture, and lengths differ: the interleaved schedule pads both."""
+    tasks = (("editing", 1), ("vqa", 1), ("interactive", 1), ("editing", 1))
+    expected = run(1, ParallelConfig(), (3,), micro_batches=tasks)[3]
+    for size, layout in ((2, {"pp": 2, "vpp": 2}), (4, {"tp": 2, "pp": 2})):
+        found = run(size, ParallelConfig(**layout), (3,), micro_batches=tasks)[3]
+        assert worst(found, expected) <= 1e-4, layout
+
+
+def test_untied_tables_equal_one_process() -> None:
+    changes: dict[str, Any] = {"extra": {"stage": 3, "tied": False}}
+    changes["rates"] = {**small_run(3).rates, "heads.lm_head.weight": 5e-4}
+    expected = run(1, ParallelConfig(), (3,), 3, **changes)[3]
+    found = run(2, ParallelConfig(pp=2), (3,), 3, **changes)[3]
+    assert worst(found, expected) <= 1e-4
+
+
+def test_interleaving_refuses_micro_batches_of_several_sizes() -> None:
+    with pytest.raises(AssertionError, match=r"vpp above 1 needs micro-batches of one size"):
+        run(2, ParallelConfig(pp=2, vpp=2), (4,), 1)

@@ -1,0 +1,124 @@
+"""What happens on several ranks when one of them dies, meets a NaN or is told to stop."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.layout import ParallelConfig
+from tests.parallel import ranks
+from tests.parallel.small import TASKS, SmallStage, small_run
+from tests.parallel.test_shards import curve, train_part
+
+pytestmark = pytest.mark.distributed
+TP2 = ParallelConfig(tp=2)
+
+
+def meet_nan(rank: int, layout: ParallelConfig, bad: int) -> tuple[str, float, float]:
+    """(message, largest change of any parameter by the bad step, loss of the step after it)."""
+    from engine.run import derive_seed
+    from engine.train import NonFiniteLoss, StepDataset, StepWork, build_engine, seed_everything
+    from parallel.mesh import open_mesh
+
+    tasks = TASKS[3][:: layout.data_size(ranks.world())]
+    run = small_run(3, parallel=layout, micro_batches=tasks)
+    stage = SmallStage(3, bad=(1, bad))
+    with open_mesh(layout) as mesh:
+        seed_everything(derive_seed(run.seed, "build"))
+        engine = build_engine(run, stage, mesh)
+        data = StepDataset(run, stage, mesh.data_rank, mesh.data_size)
+        engine.step(0, data[0], StepWork(run, stage, 0, mesh))
+        before = [p.detach().clone() for p in engine.model.parameters()]
+        with pytest.raises(NonFiniteLoss) as caught:
+            engine.step(1, data[1], StepWork(run, stage, 1, mesh))
+        after = engine.model.parameters()
+        change = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+        report = engine.step(2, data[2], StepWork(run, stage, 2, mesh))
+    return str(caught.value), change, report.loss
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "bad"),
+    [(2, {}, 1), (2, {"trunk": "megatron"}, 1), (2, {"pp": 2}, 1)],
+    ids=["dp2plain", "dp2", "pp2"],
+)
+def test_nan_on_one_rank_stops_all_and_touches_nothing(
+    size: int, layout: dict[str, Any], bad: int
+) -> None:
+    answers = ranks.run(size, meet_nan, ParallelConfig(**layout), bad)
+    assert len({loss for _, _, loss in answers}) == 1
+    for message, change, loss in answers:
+        assert "step 1: loss editing/words is not finite" in message
+        assert change == 0
+        assert torch.isfinite(torch.tensor(loss))
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uncut")
+    ranks.run(2, train_part, folder, TP2, 6, {"save_every": 1})
+    return folder
+
+
+def kill_often(folder: Path, kills: int, seed: int) -> int:
+    """Kill a random rank at random moments until the run ends; return how many kills hit."""
+    source = random.Random(seed)
+    hits = 0
+    for _ in range(4 * kills):
+        processes = ranks.launch(2, folder, train_part, folder, TP2, 6, {"save_every": 1})
+        wait_for_progress(folder, processes[0])
+        time.sleep(source.uniform(0.0, 1.5) if hits < kills else 300)
+        victim = processes[source.randrange(2)]
+        if victim.pid is not None and victim.is_alive():
+            os.kill(victim.pid, signal.SIGKILL)
+        found = ranks.codes(processes)
+        hits += -signal.SIGKILL in found
+        if found == [0, 0]:
+            break
+        if hits >= kills:
+            break
+    ranks.run(2, train_part, folder, TP2, 6, {"save_every": 1})
+    return hits
+
+
+def wait_for_progress(folder: Path, process: Any) -> None:
+    """Wait until this attempt has opened its log (models are built, training begins)."""
+    log = folder / "log.jsonl"
+    before = log.stat().st_ino if log.exists() else None
+    end = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < end:
+        if log.exists() and log.stat().st_ino != before:
+            return
+        time.sleep(0.02)
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(uncut: Path, tmp_path: Path) -> None:
+    assert kill_often(tmp_path, 2, 1) >= 1
+    assert curve(tmp_path) == curve(uncut)
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(uncut: Path, tmp_path: Path) -> None:
+    assert kill_often(tmp_path, 10, 2) >= 5
+    assert curve(tmp_path) == curve(uncut)
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_step(uncut: Path, tmp_path: Path) -> None:
+    processes = ranks.launch(2, tmp_path, train_part, tmp_path, TP2, 6, {"save_every": 100})
+    wait_for_progress(tmp_path, processes[0])
+    assert processes[1].pid is not None
+    for _ in range(2):
+        os.kill(processes[1].pid, signal.SIGTERM)
+        time.sleep(0.05)
+    assert ranks.codes(processes, 120) == [0, 0]
+    steps = list((tmp_path / "checkpoints").glob("step-*"))
+    assert len(steps) == 1
+    ranks.run(2, train_part, tmp_path, TP2, 6, {"save_every": 100})
+    assert curve(tmp_path) == curve(uncut)
