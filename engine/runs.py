@@ -35,23 +35,37 @@ def _rates(rate: float, *groups: tuple[str, ...]) -> dict[str, float]:
 
 
 def focus_tiny_stage0_vision() -> Run:
-    """Encoders and VAE from nothing, standing in for public checkpoints."""
+    """Both encoders from nothing, standing in for public checkpoints."""
     return Run(
         name="focus_tiny_stage0_vision",
         stage="foundation",
         model="focus_tiny",
         steps=1500,
-        micro_batches=(("dense", 16), ("latent", 6)),
-        rates={
-            "scratch.*": 2e-3,
-            "front.vanilla.*": 1e-3,
-            "front.hierarchical.*": 2e-3,
-            "heads.diffusion.vae.*": 2e-3,
-        },
+        micro_batches=(("dense", 16),),
+        rates={"scratch.*": 2e-3, "front.vanilla.*": 1e-3, "front.hierarchical.*": 2e-3},
         schedule="cosine",
         warmup=100,
         floor=0.02,
         precision="bf16",
+        save_every=250,
+        panel_every=0,
+    )
+
+
+def focus_tiny_stage0_latent() -> Run:
+    """The VAE from nothing, standing in for SDXL's."""
+    return Run(
+        name="focus_tiny_stage0_latent",
+        stage="foundation",
+        model="focus_tiny",
+        steps=3000,
+        micro_batches=(("latent", 8),),
+        rates={"heads.diffusion.vae.*": 2e-3},
+        schedule="cosine",
+        warmup=50,
+        floor=0.02,
+        precision="bf16",
+        init_from="focus_tiny_stage0_vision",
         save_every=250,
         panel_every=0,
     )
@@ -70,7 +84,7 @@ def focus_tiny_stage0_language() -> Run:
         warmup=30,
         floor=0.1,
         precision="bf16",
-        init_from="focus_tiny_stage0_vision",
+        init_from="focus_tiny_stage0_latent",
         save_every=100,
         panel_every=0,
     )
@@ -201,6 +215,7 @@ def focus_tiny_stage4() -> Run:
 
 TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
     focus_tiny_stage0_vision,
+    focus_tiny_stage0_latent,
     focus_tiny_stage0_language,
     focus_tiny_stage1_tokenizer,
     focus_tiny_stage1_diffusion,

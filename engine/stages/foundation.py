@@ -39,7 +39,7 @@ class FoundationStage(Stage):
     def build(self, run: Run) -> nn.Module:
         """Return a fresh model, or the previous part of stage 0."""
         model = FoundationModel(CONFIGS[run.model]())
-        load_initial(model, run.init_from)
+        load_initial(model, run.init_from, new=("scratch.*",))
         return model
 
     def batches(self, run: Run, step: int, micro: Micro) -> DenseBatch | Pictures | Batch:
