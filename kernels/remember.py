@@ -13,6 +13,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def _same(refs: tuple[weakref.ref[Tensor], ...], tensors: tuple[Tensor, ...]) -> bool:
+    return all(ref() is tensor for ref, tensor in zip(refs, tensors, strict=True))
+
+
 class Remembered(Generic[T]):
     """A small cache keyed by the identity and the version counters of its source tensors.
 
@@ -36,18 +40,14 @@ class Remembered(Generic[T]):
         versions = tuple(source._version for source in sources)
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry[1] == versions:
-                if all(ref() is source for ref, source in zip(entry[0], sources, strict=True)):
-                    self._entries.move_to_end(key)
-                    return entry[2]
+            if entry is not None and entry[1] == versions and _same(entry[0], sources):
+                self._entries.move_to_end(key)
+                return entry[2]
         value = make()
         with self._lock:
             self._entries[key] = (tuple(weakref.ref(s) for s in sources), versions, value)
             self._entries.move_to_end(key)
-            dead = [
-                k for k, (refs, _, _) in self._entries.items() if any(r() is None for r in refs)
-            ]
-            for stale in dead:
+            for stale in [k for k, v in self._entries.items() if any(r() is None for r in v[0])]:
                 del self._entries[stale]
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)

@@ -8,6 +8,7 @@ Axes: B batch, Q queries, L tokens, C channels, H heads, D model width, R = H * 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,7 @@ def padding_bias(padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | No
     return torch.zeros_like(padding_mask, dtype=dtype).masked_fill_(padding_mask, float("-inf"))
 
 
+Attend = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _folded: Remembered[Weights] = Remembered()
 
 
@@ -137,6 +139,7 @@ def forward(
     num_heads: int,
     padding_mask: Tensor | None,
     weights: Weights | None = None,
+    attend: Attend = attend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and for the backward: context [B, H, Q, C], lse [B, H, Q], folded weights.
 

@@ -8,6 +8,7 @@ Axes: as in absorbed.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,9 @@ def attend_backward(
     return grad_rows, grad_features
 
 
+AttendBackward = Callable[[Rows, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+
+
 def backward(
     grad: Tensor,
     query: Tensor,
@@ -80,6 +84,7 @@ def backward(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
+    attend: AttendBackward = attend_backward,
 ) -> list[Tensor]:
     """Return gradients of query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate."""
     inputs = (query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
@@ -106,7 +111,7 @@ def backward(
         mean=(grad_context * context.flatten(1, 2)).sum(-1, keepdim=True, dtype=dtype),
     )
     bias = padding_bias(padding_mask, dtype)
-    grad_rows, grad_features = attend_backward(rows, features, bias, needs_features)
+    grad_rows, grad_features = attend(rows, features, bias, needs_features)
     grad_rows = grad_rows.reshape(context.shape).to(low)
     projections = _projection_gradients(
         heads, grad_rows, grad_attended, context.to(low), weights, (w_feature, b_feature, w_k, w_v)
@@ -172,15 +177,7 @@ def gated_cross_attention_backward(
 ) -> list[Tensor]:
     """Return the gradients without a saved context: the forward runs again."""
     weights = (w_feature, b_feature, w_q, w_k, w_v, w_o)
-    _, *saved = forward(grad, query, features, *weights, gate, num_heads, padding_mask)
-    return backward(
-        grad,
-        query,
-        features,
-        *weights,
-        gate,
-        num_heads,
-        padding_mask,
-        needs_features,
-        *saved,
-    )
+    saved = forward(grad, query, features, *weights, gate, num_heads, padding_mask)[1:]
+    rest = (gate, num_heads, padding_mask, needs_features)
+    context, lse, keys, values = saved
+    return backward(grad, query, features, *weights, *rest, context, lse, keys, values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.device import refuse_triton
 from kernels.gated_cross_attention import explicit, reference
 from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
 
@@ -71,7 +72,7 @@ def gated_cross_attention(
     elif chosen.name == "reference":
         out = _forward(*arguments)
     else:
-        out = _training(*arguments)[0]
+        out = _training(*arguments, chosen.name)[0]
     return out
 
 
@@ -230,9 +231,10 @@ def _training(
     gate: Tensor,
     num_heads: int,
     padding_mask: Tensor | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (residual, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
-    chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, backward=True))
+    chosen = KERNEL.implementation(implementation)
     with torch.autocast(query.device.type, enabled=False):
         results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.load(
             chosen.module
@@ -254,6 +256,7 @@ def _(
     gate: Tensor,
     num_heads: int,
     padding_mask: Tensor | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     shape = (query.shape[0], num_heads, query.shape[1])
@@ -286,8 +289,9 @@ def _training_backward(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
+    implementation: str,
 ) -> list[Tensor]:
-    chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, needs_features, True))
+    chosen = KERNEL.implementation(implementation)
     weights = (w_feature, b_feature, w_q, w_k, w_v, w_o)
     rest = (gate, num_heads, padding_mask, needs_features, context, lse, keys, values)
     with torch.autocast(query.device.type, enabled=False):
@@ -316,16 +320,17 @@ def _(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
+    implementation: str,
 ) -> list[Tensor]:
     like = (query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
     return [t.new_empty((0,) if t is features and not needs_features else t.shape) for t in like]
 
 
 def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, num_heads, padding_mask = inputs
+    *tensors, num_heads, padding_mask, implementation = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors[1:], padding_mask, *output[1:])
-    ctx.num_heads = num_heads
+    ctx.num_heads, ctx.implementation = num_heads, implementation
 
 
 def _training_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -342,11 +347,12 @@ def _training_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
             lse,
             keys,
             values,
+            ctx.implementation,
         )
     )
     if not needs_features:
         grads[1] = None
-    return grad, *grads, None, None
+    return grad, *grads, None, None, None
 
 
 _training.register_autograd(_training_grad, setup_context=_training_setup)
@@ -373,6 +379,12 @@ def _request(
         ),
         needs=frozenset(name for name, on in flags if on),
     )
+
+
+def _refuse_triton(request: Request) -> str | None:
+    if request["channels"] > 512:
+        return f"takes up to 512 channels, got {request['channels']}: tiles would not fit"
+    return refuse_triton(request)
 
 
 def absorbed_flops(request: Request) -> float:
@@ -452,6 +464,12 @@ KERNEL = Kernel(
             module="kernels.gated_cross_attention.absorbed",
             backward="kernels.gated_cross_attention.absorbed_backward",
             cost=lambda request: 150.0 + absorbed_flops(request) / FLOPS_PER_US,
+        ),
+        Implementation(
+            name="triton",
+            module="kernels.gated_cross_attention.triton",
+            refuse=_refuse_triton,
+            cost=lambda request: 50.0 + 0.3 * absorbed_flops(request) / FLOPS_PER_US,
         ),
     ),
     inputs=_inputs,

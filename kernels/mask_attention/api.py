@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.device import refuse_triton
 from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
 
 Size = tuple[int, int]
@@ -225,6 +226,14 @@ def _request(
     )
 
 
+def _refuse_triton(request: Request) -> str | None:
+    if max(request["rows"], request["columns"]) > 128:
+        return f"takes key grids up to 128 x 128, got {request['rows']} x {request['columns']}"
+    if request["dim"] % 2:
+        return f"takes even head widths, got {request['dim']}"
+    return refuse_triton(request)
+
+
 def dense_flops(request: Request) -> float:
     """FLOPs of dense attention, 4 N L D per head; the backward has 2.5 times as many more."""
     tokens = request["rows"] * request["columns"]
@@ -292,6 +301,12 @@ KERNEL = Kernel(
             module="kernels.mask_attention.structured",
             backward="kernels.mask_attention.structured_backward",
             cost=lambda request: 1500.0 + separable_flops(request) / FLOPS_PER_US,
+        ),
+        Implementation(
+            name="triton",
+            module="kernels.mask_attention.triton",
+            refuse=_refuse_triton,
+            cost=lambda request: 400.0 + 0.1 * separable_flops(request) / FLOPS_PER_US,
         ),
     ),
     inputs=_inputs,

@@ -117,10 +117,30 @@ def class_terms(problem: Problem, index: int, qx: Tensor, qy: Tensor) -> ClassTe
     return ClassTerms(ex, ey, by_row, top, torch.linalg.vecdot(ey, by_row))
 
 
-def combine(
-    terms: list[ClassTerms], soft_logits: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lse [B, H, n], class shares [B, H, n, C] and the rows whose sum is not trusted."""
+@dataclass(frozen=True)
+class Row:
+    """The softmax of a chunk of queries: sum_j exp(S_ij) = exp(highest) total.
+
+    The two are kept apart, because their logarithm would round away the digits that make shares
+    sum to one.
+    """
+
+    highest: Tensor  # [B, H, n]
+    total: Tensor  # [B, H, n]
+    shares: Tensor  # [B, H, n, C] of the classes
+    doubt: Tensor  # [B, H, n] rows whose sum is not trusted
+
+    def share(self, logits: Tensor) -> Tensor:
+        """Return exp(logits) / sum of a [B, H, n, S] block."""
+        return (logits - self.highest[..., None]).exp_().div_(self.total[..., None])
+
+    def weight(self, term: ClassTerms) -> Tensor:
+        """Return the factor [B, H, n] that turns a class's exponentials into probabilities."""
+        return (term.top - self.highest).exp_().div_(self.total).masked_fill_(self.doubt, 0.0)
+
+
+def combine(terms: list[ClassTerms], soft_logits: Tensor, shape: torch.Size) -> Row:
+    """Merge classes and soft cells."""
     tops = [term.top for term in terms]
     if soft_logits.shape[-1]:
         tops.append(soft_logits.amax(-1))
@@ -132,12 +152,11 @@ def combine(
     if soft_logits.shape[-1]:
         total = total + (soft_logits - highest[..., None]).exp().sum(-1)
     lse = highest + total.log()
-    doubt = torch.zeros_like(lse, dtype=torch.bool)
+    doubt = total <= 0.0
     for term in terms:
         doubt |= (term.z < FAINT) & (term.top > lse + GAP)
-    doubt |= total <= 0.0
-    shares = [part / total for part in parts]
-    return lse, torch.stack(shares, -1) if shares else lse.new_zeros(*lse.shape, 0), doubt
+    shares = torch.stack(parts, -1) if parts else total.new_zeros(*total.shape, 0)
+    return Row(highest, total, shares / total[..., None], doubt)
 
 
 def soft_logits(problem: Problem, q: Tensor) -> Tensor:
@@ -179,12 +198,12 @@ def mask_attention(
         qx, qy = q[..., :half], q[..., half:]
         terms = [class_terms(problem, c, qx, qy) for c in range(len(problem.plan.classes))]
         logits = soft_logits(problem, q)
-        lse, shares, doubt = combine(terms, logits, q.shape)
-        result = shares @ problem.values
+        row = combine(terms, logits, q.shape)
+        result = row.shares @ problem.values
         if logits.shape[-1]:
-            result += (logits - lse[..., None]).exp_() @ problem.soft_values
-        if bool(doubt.any()):
-            dense_rows(problem, arguments, q, doubt, result)
+            result += row.share(logits) @ problem.soft_values
+        if bool(row.doubt.any()):
+            dense_rows(arguments, q, row.doubt, result)
         out[:, :, part] = result
     return out
 
@@ -204,14 +223,12 @@ def dense_keys(
 
 
 def dense_rows(
-    problem: Problem,
     arguments: tuple[Tensor, Tensor, Tensor, Tensor, Size, Size, bool, float],
     q: Tensor,
     doubt: Tensor,
     result: Tensor,
 ) -> None:
     """Overwrite the doubtful rows of `result` with dense attention."""
-    del problem
     scale = q.shape[3] ** -0.5
     for b, h in doubt.any(-1).nonzero().tolist():
         _, keys, values = dense_keys(arguments, b, h)

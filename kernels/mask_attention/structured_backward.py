@@ -62,16 +62,17 @@ def mask_attention_backward(
     dtype = compute_dtype(query.dtype)
     problem = prepare(*arguments)
     vectors = (key_vectors.to(dtype), value_vectors.to(dtype))
-    sums = _zeros(problem, arguments, dtype, needs_mask)
+    sums = zeros(problem, arguments, dtype, needs_mask)
     step = chunk_rows(query, mask, problem.plan)
     for start in range(0, query.shape[2], step):
         part = slice(start, start + step)
         q = rotate_query(problem, query, part, dtype)
         _chunk(problem, arguments, sums, part, q, grad[:, :, part].to(dtype), vectors)
-    return _finish(problem, arguments, sums, vectors)
+    return finish(problem, arguments, sums, vectors)
 
 
-def _zeros(problem: Problem, arguments: Arguments, dtype: torch.dtype, needs_mask: bool) -> Sums:
+def zeros(problem: Problem, arguments: Arguments, dtype: torch.dtype, needs_mask: bool) -> Sums:
+    """Return empty sums for one backward."""
     query, mask, key_vectors, value_vectors = arguments[:4]
     return Sums(
         query=torch.zeros_like(query, dtype=dtype, memory_format=torch.contiguous_format),
@@ -100,16 +101,16 @@ def _chunk(
     count = len(problem.plan.classes)
     terms = [class_terms(problem, c, qx, qy) for c in range(count)]
     logits = soft_logits(problem, q)
-    lse, shares, doubt = combine(terms, logits, q.shape)
+    row = combine(terms, logits, q.shape)
+    shares, doubt = row.shares, row.doubt
     if bool(doubt.any()):
-        _dense_rows(arguments, sums, part, q, grad, doubt, vectors)
+        dense_rows(arguments, sums, part, q, grad, doubt, vectors)
         shares = shares.masked_fill(doubt[..., None], 0.0)
-        lse = lse.masked_fill(doubt, float("inf"))
     by_class = grad @ problem.values.transpose(1, 2)
     mean = (shares * by_class).sum(-1)
     grad_q = sums.query[:, :, part]
     if logits.shape[-1]:
-        share = (logits - lse[..., None]).exp_()
+        share = row.share(logits).masked_fill_(doubt[..., None], 0.0)
         by_cell = grad @ problem.soft_values.transpose(2, 3)
         mean = mean + (share * by_cell).sum(-1)
         slope = share * (by_cell - mean[..., None])
@@ -118,7 +119,7 @@ def _chunk(
         sums.soft_values += share.transpose(2, 3) @ grad
     sums.values += torch.einsum("bhnc,bhnd->hcd", shares, grad)
     for c, term in enumerate(terms):
-        weight = (term.top - lse).exp_().masked_fill_(doubt, 0.0)
+        weight = row.weight(term)
         excess = weight * (by_class[..., c] - mean)
         _class_gradient(problem, sums, c, term, excess, (qx, qy), grad_q)
         if sums.mask is not None:
@@ -184,7 +185,7 @@ def _mask_gradient(
             view[:, mask_class.rows, mask_class.columns] += cells * inside
 
 
-def _dense_rows(
+def dense_rows(
     arguments: Arguments,
     sums: Sums,
     part: slice,
@@ -212,7 +213,7 @@ def _dense_rows(
                 sums.mask[b] += (dk @ vectors[0][h].T + dv @ vectors[1][h].T).T
 
 
-def _finish(
+def finish(
     problem: Problem, arguments: Arguments, sums: Sums, vectors: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turn the sums back into gradients of the operator's inputs."""
