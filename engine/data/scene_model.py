@@ -227,7 +227,7 @@ def _placed(
     anchored: bool,
 ) -> SceneObject | None:
     """The object at a free spot, or None if none of the spots tried is free."""
-    low, high = 1.06 * item.radius, 1.0 - 1.06 * item.radius
+    low, high = 1.1 * item.radius, 1.0 - 1.1 * item.radius
     spots = rng.uniform(low, high, (24, 2))
     if anchored:
         places = rng.permutation(np.array(list(PLACES.values())))

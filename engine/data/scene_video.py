@@ -49,7 +49,7 @@ def _drift(rng: np.random.Generator, scene: Scene, frames: int) -> npt.NDArray[n
     x(t) = low + |((x0 - low + v t) mod 2 w) folded to [0, w]|,  w = high - low
     """
     start = np.array([(o.x, o.y) for o in scene.objects])
-    low = 1.06 * np.array([o.radius for o in scene.objects])[:, None]
+    low = 1.1 * np.array([o.radius for o in scene.objects])[:, None]
     width = 1 - 2 * low
     angle = rng.uniform(0, 2 * np.pi, len(start))
     pace = rng.uniform(*SPEED, len(start))

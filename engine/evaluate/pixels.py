@@ -25,6 +25,7 @@ SIDE = 128  # pictures are brought to this size before looking
 MIN_AREA, MAX_AREA = 0.005, 0.3  # of the picture; the smallest object has 0.011, the largest 0.14
 MIN_OVERLAP = 0.7  # intersection over union with the best shape
 HIDDEN_COST = 0.35
+NUM_FITTED = 3
 _GREYS = ((145, 147, 150), (118, 120, 124))  # between dark and light ends of a gradient
 
 Float = npt.NDArray[np.float32]
@@ -75,27 +76,43 @@ def _overlap(patch: Mask, known: Mask, shape: str, pose: Pose) -> float:
     return int((drawn & patch).sum()) / union * (1 - HIDDEN_COST * hidden)
 
 
-def _fit(patch: Mask, known: Mask, shape: str) -> tuple[float, Pose]:
-    """Best overlap of a shape with a patch, by coordinate ascent over its pose."""
+def _start(patch: Mask, shape: str) -> Pose:
+    """Pose of an upright shape with about the patch's box."""
     rows, columns = np.nonzero(patch)
     x0, x1, y0, y1 = columns.min(), columns.max(), rows.min(), rows.max()
-    reach = (x1 - x0 + y1 - y0 + 2) / 4
     width = {"diamond": 0.84, "triangle": 0.9, "square": 0.9}.get(shape, 0.97)
-    pose: Pose = (float(x0 + x1) / 2, float(y0 + y1) / 2, float(reach / width), 0.0)
-    best = _overlap(patch, known, shape, pose)
-    steps = [0.16 * reach, 0.16 * reach, 0.12 * reach, 0.12]
-    for _ in range(4):
-        for number in (2, 1, 0, 3):
+    return float(x0 + x1) / 2, float(y0 + y1) / 2, float(x1 - x0 + y1 - y0 + 2) / 4 / width, 0.0
+
+
+def _climb(
+    patch: Mask, known: Mask, shape: str, pose: Pose, rounds: tuple[int, ...]
+) -> tuple[float, Pose]:
+    """Best score of a shape with a patch, by coordinate ascent over its pose, finer each round."""
+    best, reach = _overlap(patch, known, shape, pose), pose[2]
+    for number in rounds:
+        steps = np.array([0.15 * reach, 0.15 * reach, 0.12 * reach, 0.12]) / 1.7**number
+        for k in (2, 1, 0, 3):
             for sign in (1, -1):
                 moved = list(pose)
-                moved[number] += sign * steps[number]
+                moved[k] += sign * float(steps[k])
                 moved[3] = min(max(moved[3], -1.5 * MAX_TILT), 1.5 * MAX_TILT)
                 trial: Pose = (moved[0], moved[1], max(1.0, moved[2]), moved[3])
                 score = _overlap(patch, known, shape, trial)
                 if score > best:
                     best, pose = score, trial
-        steps = [step / 1.7 for step in steps]
     return best, pose
+
+
+def _fit(patch: Mask, known: Mask) -> tuple[str, float, Pose]:
+    """The shape that explains a patch best, how well, and its pose.
+
+    Every shape is fitted roughly, the most promising ones then finely.
+    """
+    rough = {s: _climb(patch, known, s, _start(patch, s), (0,)) for s in SHAPES}
+    hopeful = sorted(SHAPES, key=lambda s: -rough[s][0])[:NUM_FITTED]
+    fits = {s: _climb(patch, known, s, rough[s][1], (0, 1, 2, 3)) for s in hopeful}
+    shape = max(fits, key=lambda s: fits[s][0])
+    return shape, *fits[shape]
 
 
 def _at_size(image: Image) -> Image:
@@ -129,9 +146,7 @@ def detect(image: Image) -> list[Detection]:
             ]
             patch = patch == k
             known = patch | (around == -1) | (around == number)  # elsewhere it may be covered
-            fits = {shape: _fit(patch, known, shape) for shape in SHAPES}
-            shape = max(fits, key=lambda s: fits[s][0])
-            overlap, (x, y, radius, _) = fits[shape]
+            shape, overlap, (x, y, radius, _) = _fit(patch, known)
             if overlap < MIN_OVERLAP:
                 continue
             detection = Detection(
