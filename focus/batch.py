@@ -57,6 +57,7 @@ class Batch:
     pictures: Pictures | None = None  # None: the sequences hold no input picture
     region_points: Tensor | None = None  # [B, R, P, 2] x, y in [0, 1] of the letterboxed picture
     num_regions: Tensor | None = None  # [B]
+    region_vectors: Tensor | None = None  # [B, R, D] ready vectors instead of points (video)
     masks: Tensor | None = None  # [B, N, H, W] bool, in the frame of pictures.hierarchical
     mask_labels: Tensor | None = None  # [B, N] int64 candidate number of each mask, -1 padding
     num_conditions: Tensor | None = None  # [B]
@@ -71,7 +72,7 @@ class Batch:
 def move(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
     """Move every tensor of a (nested) dataclass; `dtype` converts floating tensors only."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return value.to(device, dtype if value.is_floating_point() else None)  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in dataclasses.fields(value)]
         moved = {name: move(getattr(value, name), device, dtype) for name in names}

@@ -52,6 +52,7 @@ class Features:
     fused: Fused  # E'_img and E_img (eq. 2)
     pixel: Tensor  # X_T, continuous pixel features [B, d, h, w]
     adapter: Tensor  # h_Adapter [B, Nq, D] (eq. 4)
+    grid: tuple[int, int] | None = None  # of the S semantic tokens; None: the config's
 
 
 class VisualPosition(nn.Module):
@@ -96,21 +97,31 @@ class Front(nn.Module):
         """Run both encoders, the fusion (eq. 1-2), the pixel encoder and the adapter (eq. 3-4)."""
         low = self.vanilla(pictures.vanilla)
         maps = self.hierarchical(pictures.hierarchical)
+        grid = self.grid_of(pictures)
         return Features(
             maps=maps,
             low=low,
-            fused=self.fusion(low, maps),
+            fused=self.fusion(low, maps, grid),
             pixel=self.tokenizer.pixel_encoder(pictures.pixel),
             adapter=self.adapter(maps),
+            grid=grid,
         )
+
+    def grid_of(self, pictures: Pictures) -> tuple[int, int]:
+        """Rows and columns of semantic tokens of pictures, which may be of any bucket."""
+        height, width = pictures.vanilla.shape[-2:]
+        stride = self.config.vanilla.stride
+        return height // stride, width // stride
 
     @torch.no_grad()
     def tokenize(self, pictures: Pictures) -> Codes:
         """Return the discrete semantic and pixel codes of pictures (frozen stage-1 tokenizer)."""
+        grid = self.grid_of(pictures)
         fused = self.fusion(
-            self.vanilla(pictures.vanilla), self.hierarchical(pictures.hierarchical)
+            self.vanilla(pictures.vanilla), self.hierarchical(pictures.hierarchical), grid
         )
-        return self.tokenizer.encode(fused.e_prime, self.tokenizer.pixel_encoder(pictures.pixel))
+        pixel = self.tokenizer.pixel_encoder(pictures.pixel)
+        return self.tokenizer.encode(fused.e_prime, pixel, grid)
 
     def embed_tokens(self, input_ids: Tensor, grid: Tensor, next_grid: Tensor) -> Tensor:
         """Embed ids [B, T] with the cells they lie in and the cells they are about to write."""
@@ -137,7 +148,9 @@ class Front(nn.Module):
                 (Source.PIXEL, self.pixel_project(pixel)),
                 (Source.ADAPTER, features.adapter),
             ]
-            if batch.region_points is not None:
+            if batch.region_vectors is not None:
+                found.append((Source.REGION, batch.region_vectors))
+            elif batch.region_points is not None:
                 found.append((Source.REGION, self.pool_regions(features, batch.region_points)))
         return found
 
@@ -212,7 +225,7 @@ class FocusModel(nn.Module):
 
 
 def place(embedded: Tensor, where: Tensor, values: Tensor) -> Tensor:
-    """Put the i-th of `values` [B, n, D] at the i-th True position of each row of `where` [B, T]."""
+    """Put the i-th of `values` [B, n, D] at each row's i-th True position of `where` [B, T]."""
     order = (where.long().cumsum(1) - 1).clamp(0, values.shape[1] - 1)
     spread = values.gather(1, order[..., None].expand(-1, -1, values.shape[2]))
     return torch.where(where[..., None], spread.to(embedded.dtype), embedded)
