@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.codebook_lookup import reference
+from kernels.device import refuse_triton
 from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
 
 
@@ -146,6 +147,12 @@ def _simvq_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = reference.gather(codebook, index)
     nearest = reference.project(rows, weight, bias)
+    if dispatch.choose(KERNEL, _request(x, codebook)).name == "triton" and x.numel():
+        scale = (2.0 / x.numel() * grad_loss).contiguous()
+        one_pass = dispatch.load("kernels.codebook_lookup.triton").commit_gradients
+        safe = index.clamp(min=0)
+        grad_x, grad_weight = one_pass(x, nearest, codebook, safe, grad_quantised, scale, beta)
+        return grad_x, grad_weight, (nearest - x).sum(0) * scale
     return reference.commit_backward(x, nearest, rows, grad_quantised, grad_loss, beta)
 
 
@@ -196,6 +203,12 @@ def _refuse_native(request: Request) -> str | None:
     return refusal
 
 
+def _refuse_triton(request: Request) -> str | None:
+    if request["dim"] > 128:
+        return f"takes codes up to 128 wide, got {request['dim']}"
+    return refuse_triton(request)
+
+
 def _native_cost(request: Request) -> float:
     tokens, codes, dim = request["tokens"], request["codes"], request["dim"]
     return 100.0 + 0.02 * codes * dim / 32 + 3e-4 * tokens * codes * dim / 32
@@ -226,6 +239,12 @@ KERNEL = Kernel(
             module="kernels.codebook_lookup.native",
             refuse=_refuse_native,
             cost=_native_cost,
+        ),
+        Implementation(
+            name="triton",
+            module="kernels.codebook_lookup.triton",
+            refuse=_refuse_triton,
+            cost=lambda request: 50.0 + 1e-7 * request["tokens"] * request["codes"],
         ),
     ),
     inputs=_inputs,

@@ -3,6 +3,8 @@
 // Bounds, with u = 2^-24 the fp32 rounding unit and d the width:
 //   fp32 score:  |computed - exact| <= (d + 8) 2u (|x'| |c'| + |c'|^2), which also covers the
 //                rounding of x' and c' themselves (their effect is x'.dc + c'.dx + c'.dc);
+//                plus (d + 8) 4u^2 (|x'| + |c'|)^2, the rounding of the fp64 distance itself, so that
+//                codes which tie in fp64 all reach the decision;
 //   int8 score:  |x'.c' - u.v| = |u.v - uq.vq| <= |u - uq| |v| + |uq| |v - vq|, u = x' t, v = c' / t.
 // A group survives when upper + margin >= the greatest (lower - margin).
 #include <algorithm>
@@ -62,8 +64,9 @@ void prepare_token(const Codebook& book, Tokens& tokens, int64_t t, const float*
   const double norm = std::sqrt(square);
   tokens.state[t] = !finite ? kBad : norm < 1e15 ? kScreen : kScan;
   if (tokens.state[t] != kScreen) std::fill_n(centred, dim, 0.0f), largest = 0.0f;
-  const double fine =
-      (dim + 8) * std::ldexp(1.0, -23) * (norm + book.max_norm) * book.max_norm;
+  const double both = norm + book.max_norm;
+  const double fine = (dim + 8) * (std::ldexp(1.0, -23) * both * book.max_norm +
+                                   std::ldexp(1.0, -52) * both * both);
   tokens.fine_margin[t] = static_cast<float>(fine * 1.0001 + 1e-37);
   tokens.margin[t] = tokens.fine_margin[t];
   if (!quantised) return;
