@@ -28,10 +28,8 @@ NEVER: dict[str, tuple[str, ...]] = {
 # A server needs no trainer, no data set and no Megatron.
 SEALED = ("engine/serve", "engine/export")
 SEALED_NEVER = ("engine.train", "engine.data", "engine.stages", "engine.runs", "parallel")
-# Of an operator other floors see the public face only; catalog, dispatch and kernel list and build
-# the operators.
-FACES = frozenset({"api", "kernel", "catalog", "dispatch", "aot", "native"})
-SHARED = frozenset({"kernel", "dispatch", "native"})
+# Files of an operator that meet in its api only.
+IMPLEMENTATIONS = frozenset({"reference", "native", "triton"})
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -84,18 +82,15 @@ def violations(path: str, source: str) -> list[str]:
 
 def kernel_violation(importer: tuple[str, ...], name: str) -> str:
     """Operators are islands; the rest of the house sees their `api` only."""
-    target = name.split(".")
-    operator = target[1] if len(target) > 1 else ""
+    _, operator, file, *_ = [*name.split("."), "", ""]
+    if not is_operator(operator):
+        return ""
     if importer[0] != "kernels":
-        face = target[2] if is_operator(operator) and len(target) > 2 else operator
-        return "" if face in FACES else f"only the public face of kernels, not {name}"
-    if len(importer) > 2:  # a file of an operator
-        if operator not in {importer[1]} | SHARED:
-            return f"the operator {importer[1]} may not import {name}"
-        files = {"reference", "triton", "api"}
-        own = operator == importer[1] and len(target) > 2
-        if own and importer[2] in files - {"api"} and target[2] in files - {importer[2]}:
-            return f"{importer[2]} and {target[2]} meet in api only"
+        return "" if file == "api" else f"only the public face of kernels, not {name}"
+    if len(importer) > 2 and operator != importer[1]:
+        return f"the operator {importer[1]} may not import {name}"
+    if len(importer) > 2 and importer[2] in IMPLEMENTATIONS and file in IMPLEMENTATIONS:
+        return f"{importer[2]} and {file} meet in api only"
     return ""
 
 
