@@ -27,6 +27,7 @@ TINY_SETTINGS = Settings(
     steps=12,
     guidance=1.0,
     scheduler="dpm++",
+    object_score=0.5,
     keep_tokens=True,
     paste_outside=True,
 )

@@ -35,6 +35,7 @@ from focus.request import Bitmap, EditResult, Pixels, Request, RequestError, Seg
 from focus.segment.infer import Instances, Thresholds, decode
 from focus.segment.predictor import Prediction
 from focus.settings import Settings
+from focus.video import Tracks, edit_clip, track_classes, track_regions, track_text
 from focus.vocabulary import Vocabulary
 
 Picture = PILImage.Image | np.ndarray | str | Path
@@ -155,6 +156,49 @@ class Focus:
         request = Request(task="vqa", text=text, image=read_pixels(image), seed=seed)
         return self.chat_batch([request])[0]
 
+    # -- clips ------------------------------------------------------------------------------------
+
+    def track(
+        self,
+        frames: Sequence[Picture],
+        text: str | None = None,
+        regions: Sequence[Region] | None = None,
+        start: int = 0,
+        classes: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Tracks:
+        """Follow objects through a clip: what a text names, regions of one frame mark, or classes.
+
+        regions: of frame `start`, any frame; masks spread forwards and backwards. text: found in
+        every frame. classes: all their objects, each under one number. Give exactly one of them.
+        Raises `RequestError`, `RegionError`.
+        """
+        given = [bool(text and text.strip()), bool(regions), bool(classes)]
+        if sum(given) != 1:
+            raise RequestError("one of text, regions or classes expected; give exactly one")
+        clip = [read_pixels(frame) for frame in frames]
+        if regions:
+            return track_regions(self, clip, regions, start, seed=seed)
+        if classes:
+            return track_classes(self, clip, classes, seed=seed)
+        return track_text(self, clip, text or "", seed=seed)
+
+    def edit_clip(
+        self,
+        frames: Sequence[Picture],
+        text: str,
+        region: Region | None = None,
+        start: int = 0,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> list[EditResult]:
+        """Edit every frame of a clip with one instruction and the same noise; see `edit`.
+
+        A region of frame `start` is followed through the clip first.
+        """
+        clip = [read_pixels(frame) for frame in frames]
+        return edit_clip(self, clip, text, region, start, seed=seed, steps=steps)
+
     # -- batches of one task ----------------------------------------------------------------------
 
     def segment_batch(
@@ -182,7 +226,7 @@ class Focus:
         keep = [mask.numpy() for mask in framed[:, 0] > 0.5] if self.settings.keep_tokens else None
         drawings = pipeline.draw(session, sampling=self.settings.editing, masks=keep)
         seeds = [request.seed for request in requests]
-        painted = to_uint8(pipeline.paint(codes_of(drawings), framed, seeds))
+        painted = to_uint8(pipeline.paint(codes_of(drawings), framed, seeds, session.mask_states))
         results = []
         for request, raw, instances, box, said in zip(
             requests, painted, found, boxes, words, strict=True
@@ -236,7 +280,7 @@ class Focus:
             CONDITION_KINDS[session.batch.task],
             session.batch.num_conditions,
             [self._box(request) for request in session.requests],
-            thresholds=thresholds,
+            thresholds=thresholds or Thresholds(object=self.settings.object_score),
         )
 
     def _fit(self, request: Request, raw: Pixels, mask: Bitmap, box: Letterbox) -> Pixels:

@@ -20,6 +20,7 @@ class Settings:
 
     words: longest answer in tokens. generation, editing: how visual tokens are drawn.
     steps, guidance, scheduler: the diffusion decoder's sampling (facts section 13: 50 steps, 2.0).
+    object_score: score from which class-based segmentation reports an object (Mask2Former's 0.8).
     decoder: "diffusion", or "pixel" for the tokenizer's own quick preview.
     keep_tokens: copy the source's visual tokens outside the edit mask instead of writing them.
     paste_outside: take every pixel outside the edit mask from the source picture. Neither is in the
@@ -38,6 +39,7 @@ class Settings:
     steps: int = 50
     guidance: float = 2.0
     scheduler: str = "ddim"
+    object_score: float = 0.8
     decoder: Literal["diffusion", "pixel"] = "diffusion"
     keep_tokens: bool = False
     paste_outside: bool = False
