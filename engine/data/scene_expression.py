@@ -284,7 +284,9 @@ def _reason(rng: np.random.Generator, scene: Scene, target: int, kind: str) -> s
             return None
         return choose(rng, _FIRST_MET[relation]).format(t=thing)
     found = refer(rng, scene, target, kind, use="")
-    return None if found is None else say(rng, found)
+    text = "" if found is None else say(rng, found)
+    names_it = " ".join(scene.objects[target].pair) in text  # its twin is the anchor
+    return None if names_it or not text else text
 
 
 def reasoning(rng: np.random.Generator, split: str) -> tuple[str, Scene, int, str]:

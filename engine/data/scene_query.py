@@ -12,7 +12,7 @@ from functools import cache
 
 from engine.data.scene_model import BACKGROUND_COLOURS, PLACES, Scene, SceneObject
 
-STRICT_GAP, LOOSE_GAP = 0.12, 0.02  # of the picture's side, between centres
+STRICT_GAP, LOOSE_GAP = 0.12, -0.03  # of the picture's side, between centres
 EXTREME_GAP = 0.07  # by how much an extreme object leads
 RELATIONS = ("left_of", "right_of", "above", "below", "inside", "between")
 EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
