@@ -60,7 +60,7 @@ def focus_tiny_stage0_latent() -> Run:
         model="focus_tiny",
         steps=3000,
         micro_batches=(("latent", 8),),
-        rates={"heads.diffusion.vae.*": 2e-3},
+        rates={"heads.diffusion.vae.*": 1e-3},
         schedule="cosine",
         warmup=50,
         floor=0.02,

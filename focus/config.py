@@ -55,8 +55,13 @@ class VanillaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchicalConfig:
-    """Hierarchical encoder: ConvNeXt, four scales at strides 4, 8, 16 and 32 (paper 3.1)."""
+    """Hierarchical encoder: ConvNeXt, four scales at strides 4, 8, 16 and 32 (paper 3.1).
 
+    `source="vanilla"` is the model without it: the four maps are resampled from the vanilla
+    encoder's tokens through one linear map each, and nothing sees X_H.
+    """
+
+    source: Literal["convnext", "vanilla"] = "convnext"
     image_size: tuple[int, int] = (768, 768)
     depths: tuple[int, int, int, int] = (3, 3, 27, 3)
     dims: tuple[int, int, int, int] = (192, 384, 768, 1536)
@@ -78,6 +83,7 @@ class FusionConfig:
 
     `residual=False` is eq. 2 to the letter. With the residual and a zero-initialised output
     projection the fused feature starts as the vanilla one, so the semantic target stays reachable.
+    Without `scales` there is no attention: E' is the projected vanilla feature.
     """
 
     dim: int = 1280
@@ -90,7 +96,10 @@ class FusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Gated cross-attention adapter (eq. 3-4): learnable queries, layer l reads scale j = l."""
+    """Gated cross-attention adapter (eq. 3-4): learnable queries, layer l reads scale j = l.
+
+    `num_queries=0` is the model without it.
+    """
 
     num_queries: int = 128
     dim: int = 768
@@ -223,6 +232,9 @@ class DiffusionConfig:
 
     `upscale` is output size over bucket size (the paper's super-resolution, 2).
     `mask_grid="pooled"` pools keys to each level's own grid; "full" keeps every latent.
+    `condition="queries"` attends to the hidden states of the mask tokens instead of the masks (the
+    alternative that the paper rejects). `mask_gradient=False` stops the decoder's loss at the mask:
+    segmentation and editing are then not trained jointly.
     """
 
     channels: tuple[int, ...] = (320, 640, 1280)
@@ -234,6 +246,8 @@ class DiffusionConfig:
     mask_position: Literal["rope", "none"] = "rope"
     mask_grid: Literal["pooled", "full"] = "pooled"
     norm_groups: int = 32
+    condition: Literal["mask", "queries"] = "mask"
+    mask_gradient: bool = True
     upscale: int = 2
     vae: VAEConfig = field(default_factory=VAEConfig)
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
@@ -242,9 +256,13 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FocusConfig:
-    """The whole model; the only object that `model.py` needs."""
+    """The whole model; the only object that `model.py` needs.
+
+    `inputs="quantised"`: the language model reads the codes of pictures, not continuous features.
+    """
 
     name: str
+    inputs: Literal["continuous", "quantised"] = "continuous"
     vanilla: VanillaConfig = field(default_factory=VanillaConfig)
     hierarchical: HierarchicalConfig = field(default_factory=HierarchicalConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
@@ -277,6 +295,8 @@ class FocusConfig:
                 f"llm.num_heads ({self.llm.num_heads}) must be a multiple of "
                 f"llm.num_kv_heads ({self.llm.num_kv_heads})"
             )
+        if not self.fusion.scales and not self.fusion.residual:
+            raise ConfigError("fusion without scales needs residual=True: nothing else is left")
 
     @property
     def code_channels(self) -> int:
@@ -346,7 +366,7 @@ def focus_tiny() -> FocusConfig:
             norm_groups=8,
             upscale=1,
             vae=VAEConfig(
-                channels=(16, 32, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0
+                channels=(16, 32, 64), layers_per_block=1, norm_groups=2, scaling_factor=1.0
             ),
             num_sizes=1,
         ),

@@ -25,6 +25,9 @@ from focus.losses import language_loss
 from focus.model import FocusModel
 
 
+SQUARE = 10.0  # weight of the VAE's squared error: small bright objects count for little in L1
+
+
 class FoundationModel(FocusModel):
     """FOCUS with the throw-away classifiers beside it."""
 
@@ -59,7 +62,7 @@ class FoundationStage(Stage):
             table = model.heads.lm_head.weight
             return {"text": language_loss(hidden, batch.labels, table)}
         if isinstance(batch, Pictures):
-            latent = vae_losses(model.heads.diffusion.vae, batch.pixel)
+            latent = vae_losses(model.heads.diffusion.vae, batch.pixel, square_weight=SQUARE)
             return {f"latent/{name}": value for name, value in latent.items()}
         maps = model.front.hierarchical(batch.pictures.hierarchical)
         low = model.front.vanilla(batch.pictures.vanilla)

@@ -80,17 +80,19 @@ def vae_losses(
     images: Tensor,
     *,
     kl_weight: float = 1e-6,
+    square_weight: float = 0.0,
     perceptual: Perceptual | None = None,
     perceptual_weight: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Losses that train the autoencoder from nothing.
 
-        L = |x^ - x|_1 + kl_weight KL(q(z|x) || N(0, 1)) + perceptual_weight d(x^, x)
+        L = |x^ - x|_1 + square_weight |x^ - x|^2 + kl_weight KL(q(z|x) || N(0, 1))
+            + perceptual_weight d(x^, x)
 
     images: [B, 3, H, W] in [0, 1]. L1 is the mean in [0, 1] units, KL summed over latents and
-    divided by the number of pixels. Returns weighted fp32 scalars "l1", "kl" and, when the distance
-    is given, "perceptual".
+    divided by the number of pixels. Returns weighted fp32 scalars "l1", "kl" and, when asked for,
+    "square" and "perceptual".
     """
     posterior = vae.model.encode(images * 2.0 - 1.0).latent_dist
     decoded = vae.model.decode(posterior.sample(generator), return_dict=False)[0] * 0.5 + 0.5
@@ -98,6 +100,8 @@ def vae_losses(
         "l1": F.l1_loss(decoded.float(), images.float()),
         "kl": kl_weight * posterior.kl().float().sum() / images[:, 0].numel(),
     }
+    if square_weight:
+        losses["square"] = square_weight * F.mse_loss(decoded.float(), images.float())
     if perceptual is not None:
         losses["perceptual"] = perceptual_weight * perceptual(decoded, images)
     return losses
