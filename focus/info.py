@@ -48,12 +48,12 @@ PARTS: dict[str, tuple[str, ...]] = {
         "front.position.",
         "front.next_position.",
         "front.mask_queries",
-        "front.mask_token_project.",
+        "front.semantic_project.",
     ),
     "llm": ("trunk.", "front.token_embedding.", "heads.lm_head."),
     "mask_decoder": ("heads.segment.",),
     "unet": ("heads.diffusion.unet.",),
-    "mask_projection": ("heads.diffusion.mask_projection.",),
+    "mask_projection": ("heads.diffusion.mask_projection.", "heads.diffusion.query_projection."),
     "vae": ("heads.diffusion.vae.",),
 }
 DTYPES = {"simvq": "float32", "vae": "float32"}  # the search and SDXL's decoder need the range

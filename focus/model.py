@@ -30,6 +30,7 @@ from focus.segment.predictor import Prediction, SegmentationPredictor
 from focus.tokenizer.dual import Codes, DualTokenizer
 from focus.vision.encoder import HierarchicalEncoder, VanillaEncoder
 from focus.vision.fusion import Fused, Fusion
+from focus.vision.pyramid import VanillaPyramid
 
 MAX_GRID = 64  # rows or columns of the largest bucket's pixel grid (256 x 1024)
 
@@ -79,13 +80,26 @@ class Front(nn.Module):
         dim = config.llm.dim
         self.config = config
         self.vanilla = VanillaEncoder(config.vanilla)
-        self.hierarchical = HierarchicalEncoder(config.hierarchical)
+        self.hierarchical: nn.Module = (
+            HierarchicalEncoder(config.hierarchical)
+            if config.hierarchical.source == "convnext"
+            else VanillaPyramid(config.hierarchical, config.vanilla.out_dim)
+        )
         self.fusion = Fusion(config.fusion, config.vanilla, config.hierarchical, dim)
         self.tokenizer = DualTokenizer(config)
-        self.adapter = GatedAdapter(config.adapter, config.hierarchical, dim)
+        self.adapter = (
+            GatedAdapter(config.adapter, config.hierarchical, dim)
+            if config.adapter.num_queries
+            else None
+        )
         self.pixel_project = nn.Sequential(
             nn.Linear(config.pixel.codebook.dim, dim), nn.GELU(), nn.Linear(dim, dim)
         )
+        self.semantic_project: nn.Module | None = None
+        if config.inputs == "quantised":
+            self.semantic_project = nn.Sequential(
+                nn.Linear(config.semantic.codebook.dim, dim), nn.GELU(), nn.Linear(dim, dim)
+            )
         self.region_pooler = RegionPooler(config.region, config.hierarchical, dim)
         self.token_embedding = nn.Embedding(config.llm.vocab_size, dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -96,16 +110,36 @@ class Front(nn.Module):
     def encode(self, pictures: Pictures) -> Features:
         """Run both encoders, the fusion (eq. 1-2), the pixel encoder and the adapter (eq. 3-4)."""
         low = self.vanilla(pictures.vanilla)
-        maps = self.hierarchical(pictures.hierarchical)
         grid = self.grid_of(pictures)
-        return Features(
-            maps=maps,
-            low=low,
-            fused=self.fusion(low, maps, grid),
-            pixel=self.tokenizer.pixel_encoder(pictures.pixel),
-            adapter=self.adapter(maps),
-            grid=grid,
-        )
+        maps = self.maps_of(pictures, low)
+        fused = self.fusion(low, maps, grid)
+        pixel = self.tokenizer.pixel_encoder(pictures.pixel)
+        if self.semantic_project is not None:
+            fused, pixel = self._quantise(fused, pixel, grid)
+        none = low.new_zeros(low.shape[0], 0, self.config.llm.dim)
+        adapter = none if self.adapter is None else self.adapter(maps)
+        return Features(maps=maps, low=low, fused=fused, pixel=pixel, adapter=adapter, grid=grid)
+
+    def maps_of(self, pictures: Pictures, low: Tensor) -> Sequence[Tensor]:
+        """Four scales of pictures: of X_H, or without hierarchical encoder of X'_L."""
+        if isinstance(self.hierarchical, VanillaPyramid):
+            found: Sequence[Tensor] = self.hierarchical(low, self.grid_of(pictures))
+        else:
+            found = self.hierarchical(pictures.hierarchical)
+        return found
+
+    @torch.no_grad()
+    def _codes(self, fused: Fused, pixel: Tensor, grid: tuple[int, int]) -> Codes:
+        return self.tokenizer.encode(fused.e_prime, pixel, grid)
+
+    def _quantise(self, fused: Fused, pixel: Tensor, grid: tuple[int, int]) -> tuple[Fused, Tensor]:
+        """Put the vectors of the codes in place of the continuous features."""
+        assert self.semantic_project is not None
+        codes = self._codes(fused, pixel, grid)
+        semantic = self.tokenizer.semantic_codes.lookup(codes.semantic).flatten(1, 2)
+        projected = self.semantic_project(semantic.to(fused.projected.dtype))
+        vectors = self.tokenizer.pixel_codes.lookup(codes.pixel).permute(0, 3, 1, 2)
+        return fused._replace(projected=projected), vectors.to(pixel.dtype)
 
     def grid_of(self, pictures: Pictures) -> tuple[int, int]:
         """Rows and columns of semantic tokens of pictures, which may be of any bucket."""
@@ -117,9 +151,8 @@ class Front(nn.Module):
     def tokenize(self, pictures: Pictures) -> Codes:
         """Return the discrete semantic and pixel codes of pictures (frozen stage-1 tokenizer)."""
         grid = self.grid_of(pictures)
-        fused = self.fusion(
-            self.vanilla(pictures.vanilla), self.hierarchical(pictures.hierarchical), grid
-        )
+        low = self.vanilla(pictures.vanilla)
+        fused = self.fusion(low, self.maps_of(pictures, low), grid)
         pixel = self.tokenizer.pixel_encoder(pictures.pixel)
         return self.tokenizer.encode(fused.e_prime, pixel, grid)
 
@@ -146,8 +179,9 @@ class Front(nn.Module):
             found += [
                 (Source.SEMANTIC, features.fused.projected),
                 (Source.PIXEL, self.pixel_project(pixel)),
-                (Source.ADAPTER, features.adapter),
             ]
+            if self.adapter is not None:
+                found.append((Source.ADAPTER, features.adapter))
             if batch.region_vectors is not None:
                 found.append((Source.REGION, batch.region_vectors))
             elif batch.region_points is not None:
@@ -177,7 +211,9 @@ class Heads(nn.Module):
         self.config = config
         self.lm_head = nn.Linear(config.llm.dim, config.llm.vocab_size, bias=False)
         self.segment = SegmentationPredictor(config.segment, config.hierarchical, config.llm.dim)
-        self.diffusion = DiffusionDecoder(config.diffusion, config.code_channels)
+        self.diffusion = DiffusionDecoder(
+            config.diffusion, config.code_channels, llm_dim=config.llm.dim
+        )
 
     def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
         """Return logits over the whole vocabulary, or only over the rows of `ids`."""

@@ -46,6 +46,7 @@ class Session:
     features: Features | None
     hidden: Tensor  # [B, T, D] of the prompt
     state: State
+    mask_states: Tensor | None = None  # E_Q [B, N, D], once masks are predicted
 
 
 class Pipeline:
@@ -57,10 +58,21 @@ class Pipeline:
         self.settings = settings
 
     @torch.no_grad()
-    def open(self, requests: Sequence[Request], features: Features | None = None) -> Session:
-        """Read prompts and pictures into a cache; `features` reuses an encoded picture."""
+    def open(
+        self,
+        requests: Sequence[Request],
+        features: Features | None = None,
+        region_vectors: Tensor | None = None,
+    ) -> Session:
+        """Read prompts and pictures into a cache.
+
+        features: reuses an encoded picture. region_vectors: [B, R, D], stand at the <region> tokens
+        instead of what would be pooled from the regions.
+        """
         config = self.model.config
         batch = collate(requests, config, self.vocabulary, until="answer")
+        if region_vectors is not None:
+            batch = replace(batch, region_vectors=region_vectors)
         if features is None and batch.pictures is not None:
             features = self.model.front.encode(batch.pictures)
         embeddings = self.model.front.embed(batch, features)
@@ -95,6 +107,7 @@ class Pipeline:
         """Read the mask queries into the cache in one pass and predict masks (eq. 5)."""
         assert session.features is not None and session.batch.num_conditions is not None
         states = append(self.model, session.state, self.model.front.mask_queries)
+        session.mask_states = states
         conditions = pool_conditions(
             session.hidden, session.batch.condition, int(session.batch.num_conditions.max())
         )
@@ -126,12 +139,17 @@ class Pipeline:
 
     @torch.no_grad()
     def paint(
-        self, codes: Codes, masks: Tensor | None = None, seeds: Sequence[int] | None = None
+        self,
+        codes: Codes,
+        masks: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
         """Turn codes into pictures [B, 3, H, W] in [0, 1].
 
         masks: [B, 1, h, w] in [0, 1], where an edit changes the picture. seeds: one per row,
-        default 0; each row's noise depends on its own alone.
+        default 0; each row's noise depends on its own alone. states: `Session.mask_states`, for
+        models that condition on them.
         """
         settings, config = self.settings, self.model.config
         tokenizer = self.model.front.tokenizer
@@ -152,6 +170,7 @@ class Pipeline:
             settings.scheduler,
             size=size,
             noise=torch.stack(noise),
+            states=states,
         )
 
     def _unconditional(self, session: Session) -> State:

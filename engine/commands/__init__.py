@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -22,6 +23,7 @@ NAMES = (
     "chat",
     "scenes",
     "publish",
+    "import",
     "info",
 )
 
@@ -41,4 +43,5 @@ class Command(Protocol):
 
 def load(name: str) -> Command:
     """Import one command."""
-    return cast(Command, importlib.import_module(f"engine.commands.{name}"))
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    return cast(Command, importlib.import_module(f"engine.commands.{module}"))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from engine.stages.diffusion import output_size
 from engine.stages.multimodal import MultimodalStage, Step, best_mask, resize_masks
 from engine.stages.panel import tile, tint
-from focus.batch import Batch
+from focus.batch import Batch, Source
 from focus.inputs import resize
-from focus.model import FocusModel
+from focus.model import FocusModel, gather
 
 
 class InstructStage(MultimodalStage):
@@ -43,7 +43,11 @@ class InstructStage(MultimodalStage):
         pick = torch.rand(len(true), device=true.device) < self.run.extra.get("true_mask", 0.5)
         mask = torch.where(pick[:, None, None], true, predicted)[:, None]
         codes = model.front.tokenizer.embed(done.codes)
-        return model.heads.diffusion.loss(codes, resize(batch.target.hierarchical, size), mask)
+        states = gather(
+            done.hidden, batch.source == Source.MASK_QUERY, model.config.segment.num_queries
+        )
+        target = resize(batch.target.hierarchical, size)
+        return model.heads.diffusion.loss(codes, target, mask, states=states)
 
     def panel(self, model: nn.Module, step: int) -> npt.NDArray[np.uint8] | None:
         """Draw source, mask, edit from true codes, and truth."""

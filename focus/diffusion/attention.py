@@ -23,12 +23,14 @@ class MaskContext(NamedTuple):
     masks: one [B, M, Hk, Wk] per UNet level, the mask on the key grid of that level.
     projection: [C, M], the bias-free map f_m = w m from mask to context.
     height, width: the latent grid; positions are measured in its cells.
+    tokens: [B, N, C] context vectors that are attended to instead of the masks (an ablation).
     """
 
     masks: tuple[Tensor, ...]
     projection: Tensor
     height: int
     width: int
+    tokens: Tensor | None = None
 
 
 class MaskAttention(nn.Module):
@@ -77,6 +79,10 @@ class MaskAttention(nn.Module):
         context = encoder_hidden_states
         batch, num_queries, _ = hidden_states.shape
         query = self.to_q(hidden_states).view(batch, num_queries, self.num_heads, self.head_dim)
+        if context.tokens is not None:
+            out = self._attend_tokens(query, context.tokens)
+            attended: Tensor = self.to_out(out.to(hidden_states.dtype))
+            return attended
         stride = 1 << self.level
         out = mask_attention(
             query.transpose(1, 2),
@@ -90,6 +96,15 @@ class MaskAttention(nn.Module):
         out = out.transpose(1, 2).reshape(batch, num_queries, -1)
         projected = self.to_out(out.to(hidden_states.dtype))
         return projected
+
+    def _attend_tokens(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """Plain cross-attention of query [B, N, H, d] over context vectors [B, L, C]."""
+        split = (*tokens.shape[:2], self.num_heads, self.head_dim)
+        key, value = self.to_k(tokens).view(split), self.to_v(tokens).view(split)
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+        return out.transpose(1, 2).flatten(2)
 
     def _fold(self, layer: nn.Module, projection: Tensor) -> Tensor:
         """Fold a projection of the context into vectors per head and mask channel: [H, M, d]."""
@@ -141,7 +156,10 @@ def context_rows(context: MaskContext | None, keep: Tensor) -> MaskContext | Non
     if context is None:
         return None
     masks = tuple(m * keep.to(m.dtype)[:, None, None, None] for m in context.masks)
-    return context._replace(masks=masks)
+    tokens = context.tokens
+    if tokens is not None:
+        tokens = tokens * keep.to(tokens.dtype)[:, None, None]
+    return context._replace(masks=masks, tokens=tokens)
 
 
 def repeat_context(context: MaskContext | None, keeps: list[bool]) -> MaskContext | None:
@@ -151,4 +169,7 @@ def repeat_context(context: MaskContext | None, keeps: list[bool]) -> MaskContex
     masks = tuple(
         torch.cat([m if keep else torch.zeros_like(m) for keep in keeps]) for m in context.masks
     )
-    return context._replace(masks=masks)
+    tokens = context.tokens
+    if tokens is not None:
+        tokens = torch.cat([tokens if keep else torch.zeros_like(tokens) for keep in keeps])
+    return context._replace(masks=masks, tokens=tokens)

@@ -55,7 +55,12 @@ class DiffusionDecoder(nn.Module):
     """
 
     def __init__(
-        self, config: DiffusionConfig, code_channels: int, *, code_stride: int | None = None
+        self,
+        config: DiffusionConfig,
+        code_channels: int,
+        *,
+        code_stride: int | None = None,
+        llm_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -65,6 +70,12 @@ class DiffusionDecoder(nn.Module):
         self.vae = LatentAutoencoder(config.vae)
         self.mask_projection = nn.Linear(config.num_masks, config.context_dim, bias=False)
         nn.init.zeros_(self.mask_projection.weight)
+        self.query_projection: nn.Linear | None = None
+        if config.condition == "queries":
+            if llm_dim is None:
+                raise DiffusionError("condition 'queries' needs llm_dim, the width of the states")
+            self.query_projection = nn.Linear(llm_dim, config.context_dim, bias=False)
+            nn.init.zeros_(self.query_projection.weight)
         with torch.device("cpu"):  # a table, not a weight: real even where the model is on meta
             self.noise_schedule = training_scheduler(config)
 
@@ -78,13 +89,15 @@ class DiffusionDecoder(nn.Module):
         *,
         latents: Tensor | None = None,
         drop: Drop | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the predicted noise (or velocity), a fp32 scalar.
 
         codes: [B, K, hp, wp] merged codes of the target. images: [B, 3, H, W] in [0, 1], the
         target; or its standardised `latents` [B, L, h, w]. mask: [B, M, H', W'] in [0, 1] or bool;
-        None is a mask of zeros. size_index: [B] bucket numbers (default 0). Differentiable in codes
-        and mask; the autoencoder gets no gradient.
+        None is a mask of zeros. size_index: [B] bucket numbers (default 0). states: [B, N, llm_dim]
+        of the mask tokens, for condition "queries". Differentiable in codes, states and (with
+        `mask_gradient`) mask; the autoencoder gets no gradient.
         Raises `DiffusionError` on shapes that do not fit.
         """
         if latents is None:
@@ -92,7 +105,9 @@ class DiffusionDecoder(nn.Module):
                 raise DiffusionError("the target picture or its latents expected, got neither")
             with torch.no_grad():
                 latents = self.vae.encode(images)
-        codes, context = self.conditions(codes, mask, tuple(latents.shape[-2:]))
+        if mask is not None and not self.config.mask_gradient:
+            mask = mask.detach()
+        codes, context = self.conditions(codes, mask, tuple(latents.shape[-2:]), states)
         codes, context = _drop(codes, context, drop or Drop(), generator)
         batch, device = latents.shape[0], latents.device
         num_steps = self.noise_schedule.config.num_train_timesteps
@@ -120,9 +135,16 @@ class DiffusionDecoder(nn.Module):
         return run_unet(self.unet, noisy, codes, timestep, context, size_index, self.config)
 
     def conditions(
-        self, codes: Tensor, mask: Tensor | None, latent_size: tuple[int, ...]
+        self,
+        codes: Tensor,
+        mask: Tensor | None,
+        latent_size: tuple[int, ...],
+        states: Tensor | None = None,
     ) -> tuple[Tensor, MaskContext | None]:
-        """Bring codes (nearest) and mask (area averages) to the latent grid (h, w)."""
+        """Bring codes (nearest) and mask (area averages) to the latent grid (h, w).
+
+        With condition "queries" the context is made of `states` [B, N, llm_dim], not of the mask.
+        """
         size = (latent_size[-2], latent_size[-1])
         if codes.dim() != 4 or codes.shape[1] != self.code_channels:
             raise DiffusionError(
@@ -130,6 +152,12 @@ class DiffusionDecoder(nn.Module):
                 "pass the merged semantic and pixel codes"
             )
         resized = F.interpolate(codes, size=size, mode="nearest")
+        if self.query_projection is not None:
+            if states is None:
+                return resized, None
+            tokens = self.query_projection(states)
+            weight = self.mask_projection.weight
+            return resized, MaskContext((), weight, *size, tokens=tokens)
         if mask is None:
             return resized, None
         if mask.dim() != 4 or mask.shape[1] != self.config.num_masks:
@@ -170,6 +198,7 @@ class DiffusionDecoder(nn.Module):
         size_index: Tensor | None = None,
         noise: Tensor | None = None,
         source: Tensor | None = None,
+        states: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Draw pictures [B, 3, H, W] in [0, 1].
@@ -178,6 +207,7 @@ class DiffusionDecoder(nn.Module):
         by default `picture_size(codes)`.
         guidance: a scale for the tokens or a `Guidance`. scheduler: see `build_scheduler`.
         noise: [B, L, h, w] unit normal to start from (video frames share one); drawn if None.
+        states: [B, N, llm_dim] of the mask tokens, for condition "queries".
         source: [B, 3, H, W]; when given with a mask, everything outside the mask is kept from it
         by blending latents at every step (not in the paper).
         """
@@ -187,7 +217,7 @@ class DiffusionDecoder(nn.Module):
         latent_size = (size[0] // stride, size[1] // stride)
         if size[0] % stride or size[1] % stride:
             raise DiffusionError(f"a size in multiples of {stride} pixels expected, got {size}")
-        resized, context = self.conditions(codes, mask, latent_size)
+        resized, context = self.conditions(codes, mask, latent_size, states)
         if noise is None:
             shape = (codes.shape[0], self.config.vae.latent_channels, *latent_size)
             noise = torch.randn(shape, device=codes.device, dtype=codes.dtype, generator=generator)

@@ -48,6 +48,9 @@ class FusionAttention(nn.Module):
         self.head_dim = config.dim // config.num_heads
         self.input_norm = nn.LayerNorm(vanilla.out_dim, eps=1e-6, elementwise_affine=False)
         self.input = nn.Linear(vanilla.out_dim, config.dim)
+        if not config.scales:
+            initialise(self)
+            return
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.query = nn.Linear(config.dim, config.dim)
         self.key_value = nn.ModuleDict(
@@ -64,7 +67,9 @@ class FusionAttention(nn.Module):
     def forward(self, x_low: Tensor, features: Sequence[Tensor], grid: Grid) -> Tensor:
         """x_low [B, S, C], four maps, grid of x_low -> E' [B, S, dim]."""
         batch, tokens, _ = x_low.shape
-        entry = self.input(self.input_norm(x_low))
+        entry: Tensor = self.input(self.input_norm(x_low))
+        if not self.config.scales:
+            return entry
         query = self.query(self.norm(entry)).view(batch, tokens, -1, self.head_dim)
         query = rotate(query, self._table(grid, grid, x_low.device))
         keys, values = self._keys_values(features, grid)

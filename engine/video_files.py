@@ -1,0 +1,206 @@
+"""Clips on disk: video files (PyAV or imageio-ffmpeg, whichever is installed) and frame folders.
+
+Neither package is needed for folders of pictures and for GIF files. Frames are uint8 [H, W, 3] RGB.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageSequence
+
+Frame = npt.NDArray[np.uint8]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+DEFAULT_FPS = 8.0
+MAX_FRAMES = 4096  # held in memory at once
+
+
+class VideoError(ValueError):
+    """A clip that cannot be read or written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoClip:
+    """Frames of one size and how many of them make a second."""
+
+    frames: list[Frame]
+    fps: float
+
+
+def read_clip(
+    path: str | Path, *, every: int = 1, limit: int = MAX_FRAMES, backend: str | None = None
+) -> VideoClip:
+    """Read a video file, a GIF or a folder of pictures (in the order of their names).
+
+    every: keep one frame in so many. limit: at most this many are kept. backend: "av" or
+    "imageio_ffmpeg"; default: the first that is installed. Raises `VideoError`.
+    """
+    path = Path(path)
+    if every < 1 or limit < 1:
+        raise VideoError(f"every and limit of at least 1 expected, got {every} and {limit}")
+    if path.is_dir():
+        frames, fps = _folder(path), DEFAULT_FPS
+    elif not path.is_file():
+        raise VideoError(f"{path}: a video file or a folder of pictures expected, found nothing")
+    elif path.suffix.lower() == ".gif":
+        frames, fps = _gif(path)
+    elif find_backend(backend) == "av":
+        frames, fps = _read_av(path)
+    else:
+        frames, fps = _read_ffmpeg(path)
+    kept: list[Frame] = []
+    for number, frame in enumerate(frames):
+        if number % every:
+            continue
+        if kept and frame.shape != kept[0].shape:
+            raise VideoError(
+                f"{path}: frames of one size expected, got {kept[0].shape[:2]} and "
+                f"{frame.shape[:2]}; crop or resize them first"
+            )
+        kept.append(frame)
+        if len(kept) == limit:
+            break
+    if not kept:
+        raise VideoError(f"{path}: at least one frame expected, found none")
+    return VideoClip(frames=kept, fps=fps / every)
+
+
+def write_clip(
+    path: str | Path, frames: Sequence[Frame], fps: float = DEFAULT_FPS, backend: str | None = None
+) -> Path:
+    """Write a video file, a GIF, or, for a path without suffix, a folder of PNG files.
+
+    Video codecs want even sides: an odd last row or column is doubled. Raises `VideoError`.
+    """
+    path = Path(path)
+    if not len(frames):
+        raise VideoError("at least one frame to write expected, got none")
+    if len({frame.shape for frame in frames}) != 1 or frames[0].dtype != np.uint8:
+        raise VideoError("uint8 frames [H, W, 3] of one size expected")
+    if not fps > 0:
+        raise VideoError(f"a positive number of frames per second expected, got {fps}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.suffix:
+        path.mkdir(exist_ok=True)
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(path / f"{number:05d}.png")
+    elif path.suffix.lower() == ".gif":
+        pictures = [Image.fromarray(frame) for frame in frames]
+        pictures[0].save(
+            path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+        )
+    elif path.suffix.lower() not in VIDEOS:
+        raise VideoError(f"{path}: one of {', '.join(VIDEOS)}, .gif or no suffix expected")
+    elif find_backend(backend) == "av":
+        _write_av(path, frames, fps)
+    else:
+        _write_ffmpeg(path, frames, fps)
+    return path
+
+
+def find_backend(name: str | None = None) -> str:
+    """Return the package that reads and writes video files; raises `VideoError` without one."""
+    choices = ("av", "imageio_ffmpeg") if name is None else (name,)
+    for choice in choices:
+        if choice in ("av", "imageio_ffmpeg") and importlib.util.find_spec(choice):
+            return choice
+    raise VideoError(
+        f"video files need {' or '.join(choices)}, which is not installed: pip install "
+        "'focus-vl[video]', or use a folder of pictures or a GIF"
+    )
+
+
+def _folder(path: Path) -> Iterator[Frame]:
+    names = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+    for name in names:
+        try:
+            with Image.open(name) as picture:
+                yield np.asarray(picture.convert("RGB"))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise VideoError(f"{name}: a picture expected: {error}") from error
+
+
+def _gif(path: Path) -> tuple[Iterator[Frame], float]:
+    try:
+        picture = Image.open(path)
+    except OSError as error:
+        raise VideoError(f"{path}: a GIF expected: {error}") from error
+    duration = float(picture.info.get("duration") or 1000 / DEFAULT_FPS)
+    frames = (np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture))
+    return frames, 1000 / duration
+
+
+def _read_av(path: Path) -> tuple[Iterator[Frame], float]:
+    import av
+
+    try:
+        container = av.open(str(path))
+        stream = container.streams.video[0]
+    except (av.FFmpegError, IndexError) as error:
+        raise VideoError(f"{path}: a video file expected: {error}") from error
+
+    def decode() -> Iterator[Frame]:
+        with container:
+            try:
+                for frame in container.decode(stream):
+                    yield frame.to_ndarray(format="rgb24")
+            except av.FFmpegError as error:
+                raise VideoError(f"{path}: a whole video expected: {error}") from error
+
+    return decode(), float(stream.average_rate or DEFAULT_FPS)
+
+
+def _write_av(path: Path, frames: Sequence[Frame], fps: float) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(
+            "libx264" if "libx264" in av.codecs_available else "mpeg4",
+            rate=Fraction(fps).limit_denominator(1000),
+        )
+        height, width = _even(frames[0]).shape[:2]
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def _read_ffmpeg(path: Path) -> tuple[Iterator[Frame], float]:
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    try:
+        meta = next(reader)
+    except (OSError, StopIteration) as error:
+        raise VideoError(f"{path}: a video file expected: {error}") from error
+    width, height = meta["size"]
+    frames = (np.frombuffer(raw, np.uint8).reshape(height, width, 3) for raw in reader)
+    return frames, float(meta.get("fps") or DEFAULT_FPS)
+
+
+def _write_ffmpeg(path: Path, frames: Sequence[Frame], fps: float) -> None:
+    import imageio_ffmpeg
+
+    height, width = _even(frames[0]).shape[:2]
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (width, height), fps=fps, quality=9, macro_block_size=1
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(_even(frame)))
+    writer.close()
+
+
+def _even(frame: Frame) -> Frame:
+    rows, columns = frame.shape[0] % 2, frame.shape[1] % 2
+    return np.ascontiguousarray(np.pad(frame, ((0, rows), (0, columns), (0, 0)), mode="edge"))

@@ -1,0 +1,79 @@
+"""Clips on disk: what is written is read back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.data.scenes import clip
+from engine.video_files import DEFAULT_FPS, VideoError, find_backend, read_clip, write_clip
+
+FRAMES = list(clip("train", 0, 0, 5, (48, 64)).frames)
+BACKENDS = ("av", "imageio_ffmpeg")
+
+
+def test_folders_keep_every_pixel(tmp_path: Path) -> None:
+    write_clip(tmp_path / "frames", FRAMES)
+    (tmp_path / "frames" / "notes.txt").write_text("not a picture")
+    found = read_clip(tmp_path / "frames")
+    assert found.fps == DEFAULT_FPS
+    assert all(np.array_equal(a, b) for a, b in zip(found.frames, FRAMES, strict=True))
+    some = read_clip(tmp_path / "frames", every=2, limit=2)
+    assert len(some.frames) == 2 and np.array_equal(some.frames[1], FRAMES[2])
+    assert some.fps == DEFAULT_FPS / 2
+
+
+def test_gifs_keep_frames_and_pace(tmp_path: Path) -> None:
+    found = read_clip(write_clip(tmp_path / "clip.gif", FRAMES, fps=10))
+    assert len(found.frames) == 5 and found.fps == 10
+    worst = max(
+        float(np.abs(a.astype(int) - b.astype(int)).mean())
+        for a, b in zip(found.frames, FRAMES, strict=True)
+    )
+    assert worst < 8  # 256 colours
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_video_files_keep_frames_and_pace(tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    odd = [frame[:47, :63] for frame in FRAMES]
+    path = write_clip(tmp_path / "clip.mp4", odd, fps=12.5, backend=backend)
+    found = read_clip(path, backend=backend)
+    assert len(found.frames) == 5 and found.fps == pytest.approx(12.5)
+    assert found.frames[0].shape == (48, 64, 3)
+    for a, b in zip(found.frames, odd, strict=True):
+        assert np.abs(a[:47, :63].astype(int) - b.astype(int)).mean() < 6
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(VideoError, match=r"broken\.mp4: a video file expected"):
+        read_clip(tmp_path / "broken.mp4", backend=backend)
+
+
+def test_without_a_package_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VideoError, match=r"pip install 'focus-vl\[video\]'"):
+        find_backend()
+    with pytest.raises(VideoError, match="a GIF"):
+        write_clip(tmp_path / "clip.mp4", FRAMES)
+
+
+def test_wrong_clips_are_named(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="found nothing"):
+        read_clip(tmp_path / "none.mp4")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="at least one frame expected"):
+        read_clip(tmp_path / "empty")
+    write_clip(tmp_path / "mixed", FRAMES)
+    write_clip(tmp_path / "mixed" / "sub", [FRAMES[0][:20]])
+    (tmp_path / "mixed" / "sub" / "00000.png").rename(tmp_path / "mixed" / "99999.png")
+    with pytest.raises(VideoError, match="frames of one size expected"):
+        read_clip(tmp_path / "mixed")
+    for frames, fps, match in (([], 8, "at least one frame"), (FRAMES, 0, "positive number")):
+        with pytest.raises(VideoError, match=match):
+            write_clip(tmp_path / "x", frames, fps)
+    with pytest.raises(VideoError, match="no suffix expected"):
+        write_clip(tmp_path / "clip.txt", FRAMES)
