@@ -133,7 +133,9 @@ class ShardWriter:
         return paths
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._written)), metadata={"format": "pt"})
+        path = self._temporary(len(self._written))
+        save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes through a private temporary file
         self._written.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
