@@ -177,7 +177,7 @@ class Tally:
     def count(self, number: int = 1) -> None:
         """Samples came through."""
         self.good += number
-        self._run = 0
+        self._run = 0 if number else self._run
 
     def refuse(self, error: BadSample) -> None:
         """A sample was left out."""
