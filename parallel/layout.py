@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from focus.config import LLMConfig
+
 
 class MeshError(ValueError):
     """A layout that cannot be built on the processes or the model at hand."""
@@ -52,3 +54,25 @@ class ParallelConfig:
                 f"the number of processes, got {world_size}; start a multiple of {self.model_size}"
             )
         return world_size // self.model_size
+
+
+def check_layout(llm: LLMConfig, layout: ParallelConfig) -> None:
+    """Raise `MeshError` naming the rule that a layout breaks for this language model."""
+    rules = [
+        (llm.num_heads % layout.tp == 0, f"tp must divide llm.num_heads ({llm.num_heads})"),
+        (llm.ffn_dim % layout.tp == 0, f"tp must divide llm.ffn_dim ({llm.ffn_dim})"),
+        (llm.vocab_size % layout.tp == 0, f"tp must divide llm.vocab_size ({llm.vocab_size})"),
+        (
+            llm.num_kv_heads % layout.tp == 0 or layout.tp % llm.num_kv_heads == 0,
+            f"tp must divide llm.num_kv_heads ({llm.num_kv_heads}) or be a multiple of it",
+        ),
+        (
+            llm.num_layers % (layout.pp * layout.vpp) == 0,
+            f"pp x vpp must divide llm.num_layers ({llm.num_layers})",
+        ),
+        (layout.vpp == 1 or layout.pp > 1, "vpp above 1 needs pp above 1"),
+        (not layout.sequence_parallel or layout.tp > 1, "sequence_parallel needs tp above 1"),
+    ]
+    for kept, rule in rules:
+        if not kept:
+            raise MeshError(f"{rule}; got {layout}")

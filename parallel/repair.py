@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import queue
 from typing import Any
 
 from parallel.adam import GroupAdam
@@ -12,6 +13,7 @@ def repair() -> None:
     """Apply every repair once."""
     use_group_adam()
     repair_reshardable_padding()
+    use_local_queue()
 
 
 def use_group_adam() -> None:
@@ -61,3 +63,15 @@ def repair_reshardable_padding() -> None:
 
     repaired.repaired = True  # type: ignore[attr-defined]
     setattr(DistributedOptimizer, name, repaired)
+
+
+def use_local_queue() -> None:
+    """Let a synchronous save report its results in this process.
+
+    megatron-core starts a manager process for it, which imports the main script anew (seconds, a
+    hang without a `__main__` guard) and outlives a killed rank; only asynchronous saving needs it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if hasattr(filesystem_async, "_results_queue") and filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()

@@ -1,0 +1,316 @@
+"""Memory and time of a run on every layout that some GPUs allow: a model, not a measurement.
+
+Memory of one rank = its weights, gradients and optimizer state + what autograd keeps of the
+micro-batches in flight + working space. Time of a step = FLOPs / (peak x assumed efficiency) of the
+slowest pipeline rank x (1 + bubble) + communication that nothing hides. Costs of the parts are
+traced from the real modules (`parallel.trace`); efficiencies are assumptions, named below.
+"""
+
+# P parameters, S sequence, B micro-batch, D width
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from focus.config import SCALES
+from parallel.layout import MeshError, ParallelConfig, check_layout
+from parallel.trace import BYTES, Cost, Workload
+
+GIB = float(2**30)
+
+
+class PlanError(ValueError):
+    """A question that the planner cannot answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One accelerator and its surroundings; bandwidths in bytes/s and direction."""
+
+    name: str
+    memory: float
+    flops: float  # dense bf16
+    link: float  # to the other GPUs of its machine
+    network: float  # to other machines, its share
+    per_node: int = 8
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(name="a100", memory=80e9, flops=312e12, link=300e9, network=25e9),
+        Gpu(name="h100", memory=80e9, flops=989e12, link=450e9, network=50e9),
+        Gpu(name="h200", memory=141e9, flops=989e12, link=450e9, network=50e9),
+        Gpu(name="b200", memory=180e9, flops=2250e12, link=900e9, network=50e9),
+    )
+}
+
+# Share of peak that each part reaches: assumptions from published runs of like models.
+EFFICIENCY: Mapping[str, float] = {
+    "vanilla": 0.35,
+    "hierarchical": 0.15,
+    "front": 0.25,
+    "embed": 0.10,
+    "trunk": 0.40,
+    "table": 0.40,
+    "segment": 0.15,
+    "diffusion": 0.35,
+}
+FRONT, HEADS = ("vanilla", "hierarchical", "front", "embed"), ("segment", "diffusion")
+WORKSPACE = 1.5e9  # CUDA context, NCCL buffers, fragmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One layout and what the model says of it; bytes, seconds and samples per second."""
+
+    layout: ParallelConfig
+    data: int
+    micro_batch: int
+    num_micro: int
+    weights: float  # weights, gradients, optimizer state of the fullest rank
+    activations: float
+    memory: float
+    compute: float
+    bubble: float  # share of the step in which a pipeline rank waits
+    communication: float
+    step: float
+    samples_per_s: float
+    mfu: float
+
+    @property
+    def name(self) -> str:
+        """The layout in a few letters."""
+        found = f"tp{self.layout.tp} pp{self.layout.pp} dp{self.data}"
+        found += f" vpp{self.layout.vpp}" if self.layout.vpp > 1 else ""
+        found += " sp" if self.layout.sequence_parallel else ""
+        return found + (" recompute" if self.layout.recompute == "full" else "")
+
+
+def plan(
+    work: Workload, gpu: Gpu, num_gpus: int, batch: int, *, precision: str = "bf16"
+) -> list[Plan]:
+    """Return every legal layout for `batch` samples per step that fits in memory, fastest first.
+
+    Raises `PlanError` when none fits, naming the nearest.
+    """
+    found = [
+        assess(work, gpu, layout, num_gpus, micro, batch, precision=precision)
+        for layout, micro in candidates(work, gpu, num_gpus, batch)
+    ]
+    if not found:
+        raise PlanError(
+            f"no layout splits {batch} samples over {num_gpus} GPUs; use a batch that the number "
+            "of GPUs divides, or fewer GPUs"
+        )
+    fitting = [p for p in found if p.memory <= 0.92 * gpu.memory]
+    if not fitting:
+        least = min(found, key=lambda p: p.memory)
+        raise PlanError(
+            f"nothing fits {gpu.name} ({gpu.memory / GIB:.0f} GiB): the least is {least.name} with "
+            f"micro-batch {least.micro_batch}, {least.memory / GIB:.0f} GiB; take more GPUs"
+        )
+    return sorted(fitting, key=lambda p: (-p.samples_per_s, p.memory))
+
+
+def candidates(
+    work: Workload, gpu: Gpu, num_gpus: int, batch: int
+) -> Iterator[tuple[ParallelConfig, int]]:
+    """Yield the legal (layout, micro-batch size) pairs; tp stays within a machine."""
+    powers = [1, 2, 4, 8]
+    for tp in (t for t in powers if t <= min(gpu.per_node, num_gpus)):
+        for pp in powers:
+            for vpp in (1, 2):
+                for recompute in ("none", "full"):
+                    layout = ParallelConfig(
+                        tp=tp, pp=pp, vpp=vpp, sequence_parallel=tp > 1, recompute=recompute
+                    )
+                    yield from _with_micro(work, layout, num_gpus, batch)
+
+
+def _with_micro(
+    work: Workload, layout: ParallelConfig, num_gpus: int, batch: int
+) -> Iterator[tuple[ParallelConfig, int]]:
+    try:
+        check_layout(work.config.llm, layout)
+        data = layout.data_size(num_gpus)
+    except MeshError:
+        return
+    for micro in (1, 2, 4, 8, 16, 32):
+        count, rest = divmod(batch, data * micro)
+        if rest == 0 and count and not (layout.vpp > 1 and count % layout.pp):
+            yield layout, micro
+
+
+def assess(
+    work: Workload,
+    gpu: Gpu,
+    layout: ParallelConfig,
+    num_gpus: int,
+    micro: int,
+    batch: int,
+    *,
+    precision: str = "bf16",
+) -> Plan:
+    """Return what the model says of one layout."""
+    data = layout.data_size(num_gpus)
+    count = batch // (data * micro)
+    memories = [
+        (
+            weight_bytes(work, layout, data, rank, precision),
+            activation_bytes(work, layout, rank, micro, count, precision),
+        )
+        for rank in range(layout.pp)
+    ]
+    weights, activations = max(memories, key=sum)
+    compute = max(_seconds(work, gpu, layout, rank, micro) for rank in range(layout.pp)) * count
+    bubble = (layout.pp - 1) / (count * layout.vpp)
+    communication = _communication(work, gpu, layout, num_gpus, micro, count)
+    step = compute * (1 + bubble) + communication
+    return Plan(
+        layout=layout,
+        data=data,
+        micro_batch=micro,
+        num_micro=count,
+        weights=weights,
+        activations=activations,
+        memory=weights + activations + WORKSPACE,
+        compute=compute,
+        bubble=bubble / (1 + bubble),
+        communication=communication,
+        step=step,
+        samples_per_s=batch / step,
+        mfu=work.step_flops * batch / (step * num_gpus * gpu.flops),
+    )
+
+
+def weight_bytes(
+    work: Workload, layout: ParallelConfig, data: int, rank: int, precision: str
+) -> float:
+    """Bytes of weights, fp32 gradients and Adam state on one pipeline rank.
+
+    Under bf16 the trunk and the token table are bf16 with fp32 main weights; the front and the
+    heads stay fp32. The distributed optimizer divides main weights and moments by the data ranks.
+    """
+    shards = data * layout.cp if layout.distributed_optimizer else 1
+    total = 0.0
+    for name, share in _shares(work, layout, rank).items():
+        cost = work.parts[name]
+        low = BYTES[precision] if name in ("trunk", "table") else 4
+        main = 12 if low == 2 else 8
+        total += share * (cost.trainable * (low + 4 + main / shards) + cost.frozen * low)
+    return total
+
+
+def _shares(work: Workload, layout: ParallelConfig, rank: int) -> dict[str, float]:
+    """Share of each part's parameters that one pipeline rank holds."""
+    shares = {"trunk": 1 / (layout.tp * layout.pp)}
+    first, last = rank == 0, rank == layout.pp - 1
+    if first or last:
+        shares["table"] = 1 / layout.tp
+    for name in work.parts:
+        if (name in FRONT and first) or (name in HEADS and last):
+            shares[name] = 1.0
+    return shares
+
+
+def activation_bytes(
+    work: Workload, layout: ParallelConfig, rank: int, micro: int, count: int, precision: str
+) -> float:
+    """Bytes that autograd keeps on one pipeline rank while its micro-batches are in flight.
+
+    A 1F1B rank r of p holds p - r micro-batches; interleaving holds 1 + (p - 1) / (p v) times that.
+    Traced bytes are fp32; bf16 halves them except for the logits.
+    """
+    scale = BYTES[precision] / 4
+    sequence = layout.tp if layout.sequence_parallel else 1
+    trunk = work.parts["trunk"].saved * scale / (layout.cp * layout.pp)
+    if layout.recompute == "full":
+        llm = work.config.llm
+        edges = llm.num_layers * work.tokens * llm.dim * BYTES[precision]
+        inside = trunk * layout.pp / llm.num_layers  # one layer at a time is whole
+        trunk = edges / (layout.cp * layout.pp * sequence) + inside / layout.tp
+    else:
+        trunk /= sequence if layout.sequence_parallel else _unsplit(layout.tp)
+    flight = float(min(count, layout.pp - rank))
+    if layout.vpp > 1:
+        flight = min(count, layout.pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
+    held = trunk
+    if rank == 0:
+        held += sum(work.parts[n].saved * scale for n in FRONT if n in work.parts)
+    held *= flight
+    if rank == layout.pp - 1:
+        held += sum(work.parts[n].saved * scale for n in HEADS if n in work.parts)
+        held += work.parts["table"].saved / layout.tp
+    return held * micro
+
+
+def _unsplit(tp: int) -> float:
+    """Without sequence parallelism norms and residuals, about a third, are kept on every rank."""
+    return 1 / (1 / 3 + 2 / 3 / tp)
+
+
+def _seconds(work: Workload, gpu: Gpu, layout: ParallelConfig, rank: int, micro: int) -> float:
+    """Computing time of one micro-batch, forward and backward, on one pipeline rank."""
+    total = 0.0
+    for name, share in _shares(work, layout, rank).items():
+        cost = work.parts[name]
+        if name == "table" and rank != layout.pp - 1:
+            continue
+        if name == "trunk":
+            share /= layout.cp
+        flops = cost.step_flops
+        if name == "trunk" and layout.recompute == "full":
+            flops += cost.flops
+        total += share * flops / (gpu.flops * EFFICIENCY[name])
+    return total * micro
+
+
+def _communication(
+    work: Workload, gpu: Gpu, layout: ParallelConfig, num_gpus: int, micro: int, count: int
+) -> float:
+    """Seconds per step of tensor-parallel, pipeline and data-parallel messages, none hidden."""
+    llm = work.config.llm
+    states = work.tokens * micro * llm.dim * 2.0
+    tensor = 0.0
+    if layout.tp > 1:  # an all-reduce (or gather and scatter) after attention and MLP, both ways
+        per_layer = 4 * 2 * states * (layout.tp - 1) / layout.tp / gpu.link
+        tensor = per_layer * llm.num_layers / layout.pp * count
+    pipeline = 0.0
+    if layout.pp > 1:
+        sizes = work.config.hierarchical
+        features = sum(
+            dim * sizes.grid_of(scale)[0] * sizes.grid_of(scale)[1]
+            for dim, scale in zip(sizes.dims, SCALES, strict=True)
+        )
+        message = states + features * micro * 2.0
+        road = gpu.link if num_gpus <= gpu.per_node else gpu.network
+        pipeline = 2 * layout.vpp * count * message / road
+    data = layout.data_size(num_gpus)
+    reduce = 0.0
+    if data > 1:
+        own = max(
+            sum(share * work.parts[n].trainable for n, share in _shares(work, layout, r).items())
+            for r in range(layout.pp)
+        )
+        road = gpu.link if num_gpus <= gpu.per_node else gpu.network
+        reduce = own * (4 + 2) * (data - 1) / data / road
+    return tensor + pipeline + reduce
+
+
+def step_cost(work: Workload) -> dict[str, Cost]:
+    """The parts of a step, by name, as they were traced."""
+    return dict(work.parts)
+
+
+def render(plans: list[Plan], *, limit: int = 12) -> str:
+    """Return the best plans as a table for people."""
+    head = f"{'layout':<28}{'micro':>6}{'x':>4}{'GiB':>7}{'step s':>9}{'bubble':>8}{'comm':>7}"
+    lines = ["model, not measured", head + f"{'samples/s':>11}{'MFU':>7}"]
+    for p in plans[:limit]:
+        lines.append(
+            f"{p.name:<28}{p.micro_batch:>6}{p.num_micro:>4}{p.memory / GIB:>7.1f}{p.step:>9.3f}"
+            f"{p.bubble:>8.1%}{p.communication / p.step:>7.1%}{p.samples_per_s:>11.1f}{p.mfu:>7.1%}"
+        )
+    return "\n".join(lines)
