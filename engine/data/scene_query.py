@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from engine.data.scene_model import BACKGROUND_COLOURS, PLACES, Scene, SceneObject
+from engine.data.scene_model import PLACES, Scene, SceneObject
 
 STRICT_GAP, LOOSE_GAP = 0.12, -0.03  # of the picture's side, between centres
 EXTREME_GAP = 0.07  # by how much an extreme object leads
@@ -181,13 +181,3 @@ def place_of(item: SceneObject) -> str:
     row = ("top", "", "bottom")[min(2, int(3 * item.y))]
     column = ("left", "", "right")[min(2, int(3 * item.x))]
     return f"{row} {column}".strip() or "centre"
-
-
-def background_words(kind: str, first: str, second: str, angle: int) -> str:
-    """Short exact name of a backdrop: "plain beige", "beige to white gradient", "grey stripes"."""
-    assert first in BACKGROUND_COLOURS and second in BACKGROUND_COLOURS
-    if kind == "gradient":
-        return f"{first} to {second} gradient"
-    if kind == "plain":
-        return f"plain {first}"
-    return f"{first} {kind}"
