@@ -24,7 +24,9 @@ NAMES = (
     "scenes",
     "publish",
     "import",
+    "track",
     "info",
+    "data",
 )
 
 

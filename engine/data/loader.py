@@ -127,8 +127,8 @@ class Loader:
             except BadSample as error:
                 lost.append(error.named(draft.encoded.key))
         self.tally.count(len(kept))
-        for error in lost:
-            self.tally.refuse(error)
+        for refused in lost:
+            self.tally.refuse(refused)
         return Loaded(
             pick=pick,
             records=tuple(records),

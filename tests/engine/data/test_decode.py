@@ -168,9 +168,7 @@ def test_dali_equals_pil(crop: bool) -> None:
         else:
             ties.append(float((mine.map != other.map).mean()))
     assert np.mean(np.array(ties) == 0) > 0.9
-    assert (
-        max(ties) < 0.06
-    )  # lines whose centre is on an edge of two pixels
+    assert max(ties) < 0.06  # lines whose centre is on an edge of two pixels
 
 
 def test_open_decoder_names_its_choices() -> None:

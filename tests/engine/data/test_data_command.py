@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.cli import main
+from engine.data.codes import CodeReader
+from engine.data.manifest import Dataset
+from tests.engine.data.layouts import LAYOUTS, PARQUET
+from tests.engine.data.test_convert import need
+from tests.engine.data.test_loader import corrupt
+from tests.engine.data.test_shards import items, write
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, dict[str, object]]:
+    code = main(["data", *map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_convert_lists_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = run(capsys, "convert", "--list")
+    assert code == 0
+    assert set(told["formats"]) == set(LAYOUTS)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - PARQUET) + sorted(PARQUET))
+def test_convert_validate_and_inspect_work_on_every_format(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need(name)
+    expected = LAYOUTS[name](tmp_path / "in")
+    shards = tmp_path / "shards"
+    code, told = run(
+        capsys, "convert", name, tmp_path / "in", "--out", shards, "--licence", "CC0", "--rle"
+    )
+    assert (code, told["samples"], told["skipped"]) == (0, expected.count, expected.skipped)
+    code, told = run(capsys, "validate", shards)
+    assert (code, told["samples"], told["broken"]) == (0, expected.count, [])
+    code, told = run(capsys, "inspect", shards, "--out", tmp_path / "look")
+    assert (code, told["licence"], told["samples"]) == (0, "CC0", expected.count)
+    sheet = np.asarray(Image.open(tmp_path / "look" / "sheet.png"))
+    colours = len(np.unique(sheet.reshape(-1, 3), axis=0))
+    assert colours >= (2 if expected.task == "text" else 50)
+
+
+def test_validate_names_every_broken_sample_and_denies_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = corrupt(tmp_path, 60)
+    (tmp_path / ".00001.tar.partial").write_bytes(b"half")
+    code, told = run(capsys, "validate", tmp_path, "--deny")
+    broken = told["broken"]
+    assert isinstance(broken, list)
+    assert code == 1
+    assert {one["key"]: one["reason"] for one in broken} == reasons
+    remarks = " ".join(told["shards"])  # type: ignore[arg-type]
+    assert "SHA-256" in remarks and "half written" in remarks
+    assert len(Dataset(tmp_path).denied) == len(reasons) == 3
+
+
+def test_validate_repairs_missing_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, items())
+    before = Dataset(tmp_path).rows.copy()
+    (tmp_path / "00000.rows.npy").unlink()
+    assert main(["data", "inspect", str(tmp_path)]) == 2
+    assert "--repair" in capsys.readouterr().err
+    code, told = run(capsys, "validate", tmp_path, "--repair")
+    assert (code, told["repaired"]) == (0, 1)
+    assert np.array_equal(Dataset(tmp_path).rows, before)
+
+
+def test_convert_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "convert", "llava"]) == 2
+    assert "SOURCE" in capsys.readouterr().err
+    words = ["data", "convert", "llava", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "a JSON file of dialogues expected" in capsys.readouterr().err
+
+
+def test_encode_adds_the_models_own_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from engine.data.encode import model_tokenizer, sizes_of
+    from engine.data.pil import PilDecoder, Work
+    from engine.data.views import make_view
+    from focus.config import focus_tiny
+    from focus.model import FocusModel
+    from focus.pretrained import save_model
+
+    torch.manual_seed(0)
+    config = focus_tiny()
+    save_model(tmp_path / "model", FocusModel(config), config)
+    given = [item for item in items() if item.task in ("vqa", "editing", "text", "generation")]
+    write(tmp_path / "shards", given)
+    words = ("encode", tmp_path / "shards", "--model", tmp_path / "model", "--loader", "pil")
+    code, told = run(capsys, *words)
+    assert (code, told["samples"]) == (0, 3)
+    dataset = Dataset(tmp_path / "shards")
+    reader = CodeReader(dataset)
+    tokenize = model_tokenizer(tmp_path / "model")
+    sizes = sizes_of(config)
+    assert sizes is not None
+    for number, item in enumerate(given):
+        codes = reader.read(number)
+        picture = item.target or item.image
+        if picture is None:
+            assert codes is None
+            continue
+        assert codes is not None
+        work = Work(picture, make_view((40, 60), sizes))
+        (expected,) = tokenize(PilDecoder().decode([work]))  # type: ignore[arg-type]
+        assert np.array_equal(codes.semantic, expected.semantic)
+        assert np.array_equal(codes.pixel, expected.pixel)
+        assert codes.pixel.shape == config.pixel.grid
+    code, again = run(capsys, *words)
+    assert again["fingerprint"] == told["fingerprint"]
