@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from PIL import Image as PILImage
 
 from focus import settings as generation_settings
+from focus.buckets import Bucket, buckets_for, match_bucket
 from focus.config import FocusConfig
 from focus.geometry import Letterbox
 from focus.model import CONDITION_KINDS, FocusModel
 from focus.pipeline import Pipeline, Session, codes_of, to_uint8
-from focus.pretrained import WEIGHTS, find_model, load_weights, read_config, save_model
+from focus.pretrained import WEIGHTS, SkipRandom, find_model, load_weights, read_config, save_model
 from focus.prompts import REGION
 from focus.regions import Region, region_mask
 from focus.request import Bitmap, EditResult, Pixels, Request, RequestError, SegmentResult
@@ -70,7 +71,9 @@ class Focus:
         Raises `CheckpointMismatch` when files are missing, truncated, pickled or of another config.
         """
         directory = find_model(name)
-        model = FocusModel(read_config(directory))
+        config = read_config(directory)
+        with SkipRandom():
+            model = FocusModel(config)
         load_weights(model, directory / WEIGHTS)
         vocabulary = Vocabulary.load(directory)
         return cls(model, vocabulary, generation_settings.read(directory))
@@ -142,12 +145,23 @@ class Focus:
         request = Request(task="editing", text=text, image=pixels, regions=regions, seed=seed)
         return self.edit_batch([request], steps)[0]
 
-    def generate(self, text: str, seed: int = 0, steps: int | None = None) -> PILImage.Image:
-        """Draw a picture from a text, at the model's own resolution."""
+    def generate(
+        self,
+        text: str,
+        seed: int = 0,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> PILImage.Image:
+        """Draw a picture from a text.
+
+        size: (height, width) wished for; the bucket of the nearest aspect is drawn. By default the
+        model's own resolution.
+        """
         if not text.strip():
             raise RequestError("a description expected, got an empty text")
         request = Request(task="generation", text=text, seed=seed)
-        return PILImage.fromarray(self.generate_batch([request], steps)[0])
+        bucket = None if size is None else match_bucket(*size, buckets_for(self.config))
+        return PILImage.fromarray(self.generate_batch([request], steps, bucket)[0])
 
     def chat(self, image: Picture, text: str, seed: int = 0) -> str:
         """Answer a question about a picture."""
@@ -242,10 +256,15 @@ class Focus:
             )
         return results
 
-    def generate_batch(self, requests: Sequence[Request], steps: int | None = None) -> list[Pixels]:
-        """Draw pictures [h, w, 3]; see `generate`."""
+    def generate_batch(
+        self,
+        requests: Sequence[Request],
+        steps: int | None = None,
+        bucket: Bucket | None = None,
+    ) -> list[Pixels]:
+        """Draw pictures [h, w, 3] of one bucket, the model's own by default; see `generate`."""
         pipeline = self.pipeline(steps)
-        session = pipeline.open(requests)
+        session = pipeline.open(requests, bucket=bucket)
         drawings = pipeline.draw(session, sampling=self.settings.generation)
         seeds = [request.seed for request in requests]
         return list(to_uint8(pipeline.paint(codes_of(drawings), None, seeds)))

@@ -74,6 +74,14 @@ def bucket_of(config: FocusConfig) -> Bucket:
     )
 
 
+def buckets_for(config: FocusConfig) -> tuple[Bucket, ...]:
+    """Return the sizes that a config can write: all twelve if its strides are the paper's."""
+    own = bucket_of(config)
+    if (config.vanilla.stride, config.pixel.stride) != (28, 16):
+        return (own,)
+    return BUCKETS if own in BUCKETS else (own, *BUCKETS)
+
+
 def match_bucket(height: int, width: int, buckets: tuple[Bucket, ...] = BUCKETS) -> Bucket:
     """Return the bucket of nearest width / height; of equal ones, that of nearest size."""
     if height < 1 or width < 1:

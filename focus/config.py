@@ -26,6 +26,8 @@ class ConfigError(ValueError):
 class VanillaConfig:
     """Vanilla encoder: a Qwen2-VL vision tower (paper 3.1, "QwenViT").
 
+    `family="qwen2_5_vl"` is its successor: RMS norms, gated feed-forward layers of `ffn_dim`, and
+    attention inside windows of `window_size` pixels except in `full_blocks`.
     `image_size` is (height, width) of X_L; one merged token covers
     `patch_size * merge_size` pixels (28 in the paper) each way.
     """
@@ -41,6 +43,10 @@ class VanillaConfig:
     out_dim: int = 3584
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    family: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
+    ffn_dim: int = 3420
+    window_size: int = 112
+    full_blocks: tuple[int, ...] = (7, 15, 23, 31)
 
     @property
     def stride(self) -> int:
@@ -309,6 +315,22 @@ def focus_3b() -> FocusConfig:
     return FocusConfig(name="focus_3b")
 
 
+def focus_3b_shallow() -> FocusConfig:
+    """focus_3b with at most 2 layers in every stack: its widths, tokens and picture sizes."""
+    full = focus_3b()
+    return dataclasses.replace(
+        full,
+        name="focus_3b_shallow",
+        vanilla=dataclasses.replace(full.vanilla, depth=2),
+        hierarchical=dataclasses.replace(full.hierarchical, depths=(2, 2, 2, 2)),
+        semantic=dataclasses.replace(full.semantic, depth=2),
+        pixel=dataclasses.replace(full.pixel, num_blocks=1),
+        llm=dataclasses.replace(full.llm, num_layers=2),
+        segment=dataclasses.replace(full.segment, encoder_layers=2, decoder_layers=2),
+        diffusion=dataclasses.replace(full.diffusion, transformer_depth=(0, 2, 2)),
+    )
+
+
 def focus_tiny() -> FocusConfig:
     """Every part of the paper in fewer than 30 M parameters, trainable on two CPU cores."""
     return FocusConfig(
@@ -373,7 +395,11 @@ def focus_tiny() -> FocusConfig:
     )
 
 
-CONFIGS = {"focus_3b": focus_3b, "focus_tiny": focus_tiny}
+CONFIGS = {
+    "focus_3b": focus_3b,
+    "focus_3b_shallow": focus_3b_shallow,
+    "focus_tiny": focus_tiny,
+}
 
 C = TypeVar("C")
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 from focus.batch import Pictures
-from focus.buckets import BUCKETS, Bucket, bucket_of
+from focus.buckets import BUCKETS, Bucket, bucket_of, buckets_for
 from focus.config import FocusConfig
 from focus.diffusion.unet import mask_attentions
 from focus.model import FocusModel
@@ -77,7 +77,7 @@ def part_of(name: str) -> str:
 def count(config: FocusConfig, model: FocusModel | None = None) -> dict[str, dict[str, Any]]:
     """Return, for each part: params, buffers (frozen values), dtype and bytes in that dtype."""
     model = model or build_meta(config)
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         part: {"params": 0, "buffers": 0, "dtype": DTYPES.get(part, "bfloat16"), "bytes": 0}
         for part in PARTS
     }
@@ -100,14 +100,6 @@ def count_mask_attention(model: FocusModel) -> dict[str, int]:
     found = mask_attentions(model.heads.diffusion.unet)
     params = sum(p.numel() for module in found for p in module.parameters())
     return {"modules": len(found), "params": params}
-
-
-def buckets_for(config: FocusConfig) -> tuple[Bucket, ...]:
-    """The picture sizes a config can read and write: the twelve if its strides are the paper's."""
-    own = bucket_of(config)
-    if (config.vanilla.stride, config.pixel.stride) != (28, 16):
-        return (own,)
-    return BUCKETS if own in BUCKETS else (own, *BUCKETS)
 
 
 def describe_buckets(config: FocusConfig) -> list[dict[str, Any]]:
@@ -259,7 +251,10 @@ def _fake(config: FocusConfig) -> FocusModel:
     """Return a model of fake CPU tensors; call it inside a FakeTensorMode."""
     with unset_fake_temporarily():
         model = build_meta(config).requires_grad_(False)
-    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)).eval()
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)
+    )
+    return model.eval()
 
 
 def counted(run: Any) -> tuple[int, Any]:

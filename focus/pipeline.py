@@ -16,7 +16,7 @@ from torch import Tensor
 
 from focus import prompts
 from focus.batch import Batch
-from focus.buckets import bucket_of
+from focus.buckets import BUCKETS, Bucket, bucket_of
 from focus.generate import (
     State,
     Words,
@@ -46,6 +46,7 @@ class Session:
     features: Features | None
     hidden: Tensor  # [B, T, D] of the prompt
     state: State
+    bucket: Bucket  # size of the picture to draw
     mask_states: Tensor | None = None  # E_Q [B, N, D], once masks are predicted
 
 
@@ -63,11 +64,13 @@ class Pipeline:
         requests: Sequence[Request],
         features: Features | None = None,
         region_vectors: Tensor | None = None,
+        bucket: Bucket | None = None,
     ) -> Session:
         """Read prompts and pictures into a cache.
 
         features: reuses an encoded picture. region_vectors: [B, R, D], stand at the <region> tokens
-        instead of what would be pooled from the regions.
+        instead of what would be pooled from the regions. bucket: size of the picture to draw, by
+        default the config's own.
         """
         config = self.model.config
         batch = collate(requests, config, self.vocabulary, until="answer")
@@ -77,7 +80,8 @@ class Pipeline:
             features = self.model.front.encode(batch.pictures)
         embeddings = self.model.front.embed(batch, features)
         room = self.settings.words + 2 + config.segment.num_queries
-        room += picture_room(bucket_of(config)) + 2
+        bucket = bucket or bucket_of(config)
+        room += picture_room(bucket) + 2
         cache = KVCache(
             config.llm,
             len(requests),
@@ -87,7 +91,7 @@ class Pipeline:
         )
         state = State(cache, embeddings.new_zeros(len(requests), embeddings.shape[2]))
         hidden = append(self.model, state, embeddings, batch.lengths)
-        return Session(requests, batch, features, hidden, state)
+        return Session(requests, batch, features, hidden, state, bucket)
 
     def say(self, session: Session) -> list[Words]:
         """Decode the words of each row: an answer, or names up to [SEG]."""
@@ -125,12 +129,11 @@ class Pipeline:
     ) -> list[Drawing]:
         """Write the visual tokens of each row; `masks` [H, W] say where an edit may write."""
         unconditional = self._unconditional(session) if sampling.guidance != 1.0 else None
-        bucket = bucket_of(self.model.config)
         return decode_picture(
             self.model,
             session.state,
             self.vocabulary,
-            [bucket] * len(session.requests),
+            [session.bucket] * len(session.requests),
             sampling=sampling,
             unconditional=unconditional,
             seeds=[request.seed for request in session.requests],
@@ -155,9 +158,12 @@ class Pipeline:
         tokenizer = self.model.front.tokenizer
         if settings.decoder == "pixel":
             return tokenizer.decode(codes).clamp(0, 1)
-        height, width = config.pixel.image_size
+        rows, columns = codes.pixel.shape[-2:]
+        height, width = rows * config.pixel.stride, columns * config.pixel.stride
         size = (height * config.diffusion.upscale, width * config.diffusion.upscale)
         stride = config.diffusion.vae.stride
+        numbers = [bucket.size for bucket in BUCKETS][: config.diffusion.num_sizes]
+        number = numbers.index((height, width)) if (height, width) in numbers else 0
         shape = (config.diffusion.vae.latent_channels, *(s // stride for s in size))
         seeds = [0] * len(codes.pixel) if seeds is None else seeds
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -169,6 +175,7 @@ class Pipeline:
             torch.Generator().manual_seed(seeds[0]),
             settings.scheduler,
             size=size,
+            size_index=torch.full((len(codes.pixel),), number),
             noise=torch.stack(noise),
             states=states,
         )
@@ -179,7 +186,7 @@ class Pipeline:
         for request in session.requests:
             prompt = prompts.Prompt.of(request).unconditional()
             others.append(replace(request, text=prompt.text, answer=prompt.answer, regions=()))
-        other = self.open(others, session.features)
+        other = self.open(others, session.features, bucket=session.bucket)
         if session.batch.task in CONDITION_KINDS:
             self.say(other)
             append(self.model, other.state, self.model.front.mask_queries)
@@ -189,11 +196,10 @@ class Pipeline:
         """Return, for each row, the source's codes and which of them to copy."""
         assert session.batch.pictures is not None
         codes = self.model.front.tokenize(session.batch.pictures)
-        bucket = bucket_of(self.model.config)
         return [
             keep_outside(
                 torch.from_numpy(mask),
-                Drawing(bucket=bucket, semantic=semantic.numpy(), pixel=pixel.numpy()),
+                Drawing(bucket=session.bucket, semantic=semantic.numpy(), pixel=pixel.numpy()),
             )
             for mask, semantic, pixel in zip(masks, codes.semantic, codes.pixel, strict=True)
         ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from focus.config import FORMAT_VERSION, ConfigError, FocusConfig, from_json, to_json
 from focus.errors import CheckpointMismatch
@@ -66,6 +67,25 @@ def read_config(directory: Path) -> FocusConfig:
         return from_json(migrate_config(json.loads((directory / CONFIG).read_text())))
     except (OSError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointMismatch(f"{directory / CONFIG}: {error}") from error
+
+
+class SkipRandom(TorchFunctionMode):
+    """Leaves new parameters unfilled: for models that `load_weights` fills whole right after.
+
+    At full scale drawing seven billion numbers takes longer than reading them.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run anything but random fills in place."""
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

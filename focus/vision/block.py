@@ -40,14 +40,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, table: Table) -> Tensor:
-        """x [B, S, C] -> [B, S, C]."""
+    def forward(self, x: Tensor, table: Table, mask: Tensor | None = None) -> Tensor:
+        """x [B, S, C] -> [B, S, C]; mask [S, S] bool, True where a token may look."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         q, k = rotate(q, table), rotate(k, table)
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
         )
         projected: Tensor = self.project(out.transpose(1, 2).reshape(batch, tokens, dim))
         return projected
@@ -79,8 +79,40 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, table: Table) -> Tensor:
-        """x [B, S, C], rope table of [S, D] -> [B, S, C]."""
-        x = x + self.attention(self.attention_norm(x), table)
+    def forward(self, x: Tensor, table: Table, mask: Tensor | None = None) -> Tensor:
+        """x [B, S, C], rope table of [S, D], mask as in `Attention` -> [B, S, C]."""
+        x = x + self.attention(self.attention_norm(x), table, mask)
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU with biases: W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class GatedBlock(nn.Module):
+    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)): the block of Qwen2.5-VL."""
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention = Attention(dim, num_heads)
+        self.mlp_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.mlp = GatedMLP(dim, hidden)
+
+    def forward(self, x: Tensor, table: Table, mask: Tensor | None = None) -> Tensor:
+        """x [B, S, C], rope table of [S, D], mask as in `Attention` -> [B, S, C]."""
+        x = x + self.attention(self.attention_norm(x), table, mask)
         x = x + self.mlp(self.mlp_norm(x))
         return x

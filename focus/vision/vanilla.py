@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from focus.config import VanillaConfig
 from focus.errors import CheckpointMismatch, ShapeError
-from focus.vision.block import Block, initialise
+from focus.vision.block import Block, GatedBlock, initialise
 from focus.vision.rope2d import Table, axial_table, grid_positions
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,10 +22,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class PatchMerger(nn.Module):
     """LayerNorm each patch, concatenate M x M of them, Linear, GELU, Linear."""
 
-    def __init__(self, dim: int, merge_size: int, out_dim: int, norm_eps: float) -> None:
+    def __init__(
+        self, dim: int, merge_size: int, out_dim: int, norm_eps: float, rms: bool = False
+    ) -> None:
         super().__init__()
         self.merged = dim * merge_size**2
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm: nn.Module = (nn.RMSNorm if rms else nn.LayerNorm)(dim, eps=norm_eps)
         self.up = nn.Linear(self.merged, self.merged)
         self.down = nn.Linear(self.merged, out_dim)
 
@@ -53,11 +55,16 @@ class VanillaEncoder(nn.Module):
         self.config = config
         pixels = 3 * config.temporal_patch_size * config.patch_size**2
         self.patch = nn.Linear(pixels, config.dim, bias=False)
+        gated = config.family == "qwen2_5_vl"
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.num_heads, config.mlp_ratio, config.norm_eps)
+            GatedBlock(config.dim, config.num_heads, config.ffn_dim, config.norm_eps)
+            if gated
+            else Block(config.dim, config.num_heads, config.mlp_ratio, config.norm_eps)
             for _ in range(config.depth)
         )
-        self.merger = PatchMerger(config.dim, config.merge_size, config.out_dim, config.norm_eps)
+        self.merger = PatchMerger(
+            config.dim, config.merge_size, config.out_dim, config.norm_eps, rms=gated
+        )
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
         initialise(self)
@@ -79,8 +86,9 @@ class VanillaEncoder(nn.Module):
             )
         x = self.patch(self.patches((images - self.mean) / self.std))
         table = self.table(height // stride, width // stride, images.device)
-        for block in self.blocks:
-            x = block(x, table)
+        windows = self.windows(height // stride, width // stride, images.device)
+        for index, block in enumerate(self.blocks):
+            x = block(x, table, None if index in self.config.full_blocks else windows)
         out: Tensor = self.merger(x)
         return out
 
@@ -98,6 +106,17 @@ class VanillaEncoder(nn.Module):
         x = x.expand(-1, -1, -1, -1, -1, -1, config.temporal_patch_size, -1, -1)
         return x.reshape(batch, rows * columns * merge**2, self.patch.in_features)
 
+    def windows(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """Which patches share a window, [S * M * M] squared bool; None where all see all."""
+        config = self.config
+        side = config.window_size // config.stride
+        if config.family == "qwen2_vl" or (rows <= side and columns <= side):
+            return None
+        y = torch.arange(rows, device=device)[:, None] // side
+        x = torch.arange(columns, device=device) // side
+        number = (y * columns + x).reshape(-1).repeat_interleave(config.merge_size**2)
+        return number[:, None] == number
+
     def table(self, rows: int, columns: int, device: torch.device) -> Table:
         """Rotary table of `rows` x `columns` merged tokens, in the order of `patches`."""
         config, merge = self.config, self.config.merge_size
@@ -111,7 +130,10 @@ class VanillaEncoder(nn.Module):
 
 
 def qwen2_vl_names(config: VanillaConfig) -> dict[str, str]:
-    """Map every parameter name of `VanillaEncoder` to its name in Qwen2-VL's vision tower."""
+    """Map every parameter name of `VanillaEncoder` to its name in Qwen2-VL's vision tower.
+
+    With the family "qwen2_5_vl", in Qwen2.5-VL's.
+    """
     names = {"patch.weight": "patch_embed.proj.weight"}
     parts = {
         "attention_norm": "norm1",
@@ -121,12 +143,16 @@ def qwen2_vl_names(config: VanillaConfig) -> dict[str, str]:
         "mlp.up": "mlp.fc1",
         "mlp.down": "mlp.fc2",
     }
+    gated = config.family == "qwen2_5_vl"
+    if gated:
+        parts = {ours: theirs for ours, theirs in parts.items() if not ours.startswith("mlp.")}
+        parts.update({f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")})
     for layer in range(config.depth):
         for ours, theirs in parts.items():
-            for kind in ("weight", "bias"):
+            for kind in ("weight",) if gated and ours.endswith("_norm") else ("weight", "bias"):
                 names[f"blocks.{layer}.{ours}.{kind}"] = f"blocks.{layer}.{theirs}.{kind}"
     for ours, theirs in {"norm": "ln_q", "up": "mlp.0", "down": "mlp.2"}.items():
-        for kind in ("weight", "bias"):
+        for kind in ("weight",) if gated and ours == "norm" else ("weight", "bias"):
             names[f"merger.{ours}.{kind}"] = f"merger.{theirs}.{kind}"
     return names
 

@@ -1,9 +1,10 @@
-"""transformers' Qwen2-VL: its vision tower, alone or out of a whole checkpoint."""
+"""transformers' Qwen2-VL and Qwen2.5-VL: the vision tower, alone or out of a whole checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,14 +24,19 @@ def configure(base: FocusConfig, directory: Path) -> FocusConfig:
     whole = read_json(path, "Qwen2-VL")
     values = whole.get("vision_config") or whole
     kind = str(whole.get("model_type") or values.get("model_type"))
+    if kind.startswith("qwen2_5_vl"):
+        return _configure_2_5(base, values, path)
     if not kind.startswith("qwen2_vl"):
-        raise CheckpointMismatch(f"{path}: a Qwen2-VL vision tower expected, got {kind!r}")
+        raise CheckpointMismatch(
+            f"{path}: a Qwen2-VL vision tower expected, or Qwen2.5-VL's, got {kind!r}"
+        )
     if values.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise CheckpointMismatch(
             f"{path}: the activation quick_gelu expected, got {values['hidden_act']!r}"
         )
     vanilla = replace(
         base.vanilla,
+        family="qwen2_vl",
         depth=pick(values, "depth", path),
         dim=pick(values, "embed_dim", path),
         num_heads=pick(values, "num_heads", path),
@@ -39,6 +45,26 @@ def configure(base: FocusConfig, directory: Path) -> FocusConfig:
         patch_size=pick(values, "patch_size", path),
         merge_size=pick(values, "spatial_merge_size", path),
         temporal_patch_size=pick(values, "temporal_patch_size", path),
+    )
+    return replace(base, vanilla=vanilla)
+
+
+def _configure_2_5(base: FocusConfig, values: dict[str, Any], path: Path) -> FocusConfig:
+    if values.get("hidden_act", "silu") != "silu":
+        raise CheckpointMismatch(f"{path}: activation silu expected, got {values['hidden_act']!r}")
+    vanilla = replace(
+        base.vanilla,
+        family="qwen2_5_vl",
+        depth=pick(values, "depth", path),
+        dim=pick(values, "hidden_size", path),
+        num_heads=pick(values, "num_heads", path),
+        ffn_dim=pick(values, "intermediate_size", path),
+        out_dim=pick(values, "out_hidden_size", path),
+        patch_size=pick(values, "patch_size", path),
+        merge_size=pick(values, "spatial_merge_size", path),
+        temporal_patch_size=pick(values, "temporal_patch_size", path),
+        window_size=pick(values, "window_size", path),
+        full_blocks=tuple(pick(values, "fullatt_block_indexes", path)),
     )
     return replace(base, vanilla=vanilla)
 
@@ -52,7 +78,8 @@ def plan(config: FocusConfig, source: str, weights: Weights) -> Plan:
     }
     name = prefix + "patch_embed.proj.weight"
     fills["front.vanilla.patch.weight"] = Fill(names=(name,), make=flatten)
-    return Plan(source=source, format="Qwen2-VL", weights=weights, fills=fills)
+    family = "Qwen2.5-VL" if config.vanilla.family == "qwen2_5_vl" else "Qwen2-VL"
+    return Plan(source=source, format=family, weights=weights, fills=fills)
 
 
 def flatten(kernel: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ from transformers import (
     Qwen2VLModel,
     SwinConfig,
 )
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 
 from focus.config import FocusConfig, focus_tiny
 from focus.prompts import training_texts
@@ -90,6 +94,22 @@ def qwen2_vl(path: Path) -> Qwen2VLModel:
     }
     config = Qwen2VLConfig(vision_config=vision, text_config=text)
     model = shake(Qwen2VLModel(config))
+    model.save_pretrained(path)
+    return model
+
+
+def qwen2_5_vl(path: Path) -> nn.Module:
+    config = Qwen2_5_VLVisionConfig(
+        depth=3,
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=44,
+        out_hidden_size=40,
+        patch_size=7,
+        window_size=28,
+        fullatt_block_indexes=[1],
+    )
+    model = shake(Qwen2_5_VisionTransformerPretrainedModel(config))
     model.save_pretrained(path)
     return model
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from focus.buckets import Bucket, bucket_of
+from focus.buckets import Bucket, bucket_of, buckets_for
 from focus.config import FocusConfig, focus_3b, focus_tiny
 from focus.info import (
     PARTS,
-    buckets_for,
     build_meta,
     count,
     count_mask_attention,

@@ -13,7 +13,7 @@ from torch import nn
 from focus.config import FORMAT_VERSION, ConfigError, focus_tiny, to_json
 from focus.errors import CheckpointMismatch
 from focus.migration import STEPS, migrate_config, migrate_name
-from focus.pretrained import find_model, load_weights, read_config, save_model
+from focus.pretrained import SkipRandom, find_model, load_weights, read_config, save_model
 from focus.shards import ShardWriter, Weights
 
 
@@ -75,6 +75,19 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     second.write_bytes(first.read_bytes())
     with pytest.raises(CheckpointMismatch, match="expected according to"):
         load_weights(net(1), tmp_path / "m")
+
+
+def test_skipped_initialisation_leaves_only_what_is_loaded(tmp_path: Path) -> None:
+    saved = net(0)
+    save_model(tmp_path / "m", saved, focus_tiny())
+    state = torch.random.get_rng_state()
+    with SkipRandom():
+        loaded = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16, bias=False))
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing was drawn
+    assert torch.equal(loaded[1].running_var, torch.ones(32))  # constants are there
+    load_weights(loaded, tmp_path / "m")
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def test_a_tensor_cannot_come_twice(tmp_path: Path) -> None:

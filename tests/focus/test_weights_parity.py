@@ -16,6 +16,7 @@ from transformers import ConvNextBackbone, ConvNextConfig
 
 from focus import Focus
 from focus.model import FocusModel
+from focus.pretrained import load_weights, read_config
 from focus.shards import Weights
 from focus.weights.assemble import Report, Sources, assemble
 from tests.focus import small_checkpoints as small
@@ -76,6 +77,23 @@ def test_vision_tower_equals_transformers(imported: Imported) -> None:
     flat = encoder.patches((images - encoder.mean) / encoder.std)[0]
     grid = torch.tensor([[1, 28 // 7, 42 // 7]])
     close(encoder(images)[0], imported.theirs["vit"].visual(flat, grid).pooler_output)
+
+
+@torch.no_grad()
+def test_windowed_tower_equals_transformers(tmp_path: Path) -> None:
+    theirs = small.qwen2_5_vl(tmp_path / "vit")
+    assemble(Sources(vit=str(tmp_path / "vit")), tmp_path / "out", small.base())
+    config = read_config(tmp_path / "out")
+    model = FocusModel(config).eval()
+    load_weights(model, tmp_path / "out")
+    encoder = model.front.vanilla
+    for size in ((56, 70), (28, 28)):  # windows of 2 x 2 merged tokens, cut at the edge
+        images = torch.rand(1, 3, *size)
+        flat = encoder.patches((images - encoder.mean) / encoder.std)[0]
+        grid = torch.tensor([[1, size[0] // 7, size[1] // 7]])
+        close(encoder(images)[0], theirs(flat, grid).pooler_output)
+    windows = encoder.windows(4, 5, torch.device("cpu"))
+    assert windows is not None and int(windows.sum()) == 4 * (16**2) + 2 * (8**2)
 
 
 @torch.no_grad()
