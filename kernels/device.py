@@ -33,3 +33,8 @@ def refuse_triton(request: Request) -> str | None:
 def power_of_two(value: int, least: int = 16) -> int:
     """Return the next power of two, at least `least` (the smallest tensor-core side)."""
     return max(least, 1 << (max(1, value) - 1).bit_length())
+
+
+def interpreted_cost(request: Request) -> float:
+    """Return a prohibitive cost where Triton would be interpreted: it runs only when forced."""
+    return 0.0 if request.device == "cuda" else 1e15

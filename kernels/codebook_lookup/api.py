@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.codebook_lookup import reference
-from kernels.device import refuse_triton
-from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
+from kernels.codebook_lookup.cases import CASES, make_inputs
+from kernels.device import interpreted_cost, refuse_triton
+from kernels.kernel import Implementation, Kernel, Request, ShapeError
 
 
 def codebook_lookup(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +210,10 @@ def _refuse_triton(request: Request) -> str | None:
     return refuse_triton(request)
 
 
+def _triton_cost(request: Request) -> float:
+    return interpreted_cost(request) + 50.0 + 1e-7 * request["tokens"] * request["codes"]
+
+
 def _native_cost(request: Request) -> float:
     tokens, codes, dim = request["tokens"], request["codes"], request["dim"]
     return 100.0 + 0.02 * codes * dim / 32 + 3e-4 * tokens * codes * dim / 32
@@ -216,14 +221,6 @@ def _native_cost(request: Request) -> float:
 
 def _reference_cost(request: Request) -> float:
     return 100.0 + 1e-2 * request["tokens"] * request["codes"] * (request["dim"] + 16) / 32
-
-
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    size = case.sizes
-    generator = torch.Generator().manual_seed(len(case.name))
-    codes = torch.randn(size["codes"], size["dim"], generator=generator)
-    x = torch.randn(size["tokens"], size["dim"], generator=generator)
-    return {"x": x.to(dtype).to(device), "codes": codes.to(dtype).to(device)}
 
 
 KERNEL = Kernel(
@@ -244,10 +241,10 @@ KERNEL = Kernel(
             name="triton",
             module="kernels.codebook_lookup.triton",
             refuse=_refuse_triton,
-            cost=lambda request: 50.0 + 1e-7 * request["tokens"] * request["codes"],
+            cost=_triton_cost,
         ),
     ),
-    inputs=_inputs,
+    inputs=make_inputs,
     differentiable=("x", "codes"),
-    cases=(Case(name="small", sizes={"tokens": 63, "codes": 100, "dim": 8}),),
+    cases=CASES,
 )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import tuning
-from kernels.codebook_lookup import reference
+from kernels.codebook_lookup import exact
 from kernels.device import power_of_two
 from kernels.remember import Remembered
 
@@ -219,20 +219,20 @@ def codebook_lookup(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     if num_tokens == 0:
         return index, distance
     book = _prepared.get((codes,), lambda: prepare(codes))
-    exact = x.detach().float().contiguous()
-    groups, flagged = _screen(book, exact)
+    values = x.detach().float().contiguous()
+    groups, flagged = _screen(book, values)
     slots = min(RESCORED, groups.shape[1])
     groups = groups.sort(1, descending=True)[0]
     flagged |= groups[:, slots:].ge(0).any(1) if groups.shape[1] > slots else False
     groups = groups[:, :slots].contiguous()
     rescore[(num_tokens,)](
-        exact, book.grouped, book.order, groups, index, distance, dim,
+        values, book.grouped, book.order, groups, index, distance, dim,
         SLOTS=slots, D=power_of_two(dim), G=TILE // LANES, num_warps=1,
     )  # fmt: skip
     todo = flagged.nonzero()[:, 0]
     if todo.numel():
-        index[todo], distance[todo] = reference.codebook_lookup(exact[todo], codes.float())
-    bad = ~torch.isfinite(exact).all(1) | ~book.finite
+        index[todo], distance[todo] = exact.nearest(values[todo], codes.float())
+    bad = ~torch.isfinite(values).all(1) | ~book.finite
     return index.masked_fill_(bad, -1), distance.masked_fill_(bad, float("nan"))
 
 

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.device import refuse_triton
 from kernels.gated_cross_attention import explicit, reference
-from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
-
-FLOPS_PER_US = 1e5  # one core; only ratios matter to the choice
+from kernels.gated_cross_attention.cases import CASES, make_inputs
+from kernels.gated_cross_attention.cost import (
+    absorbed_cost,
+    explicit_cost,
+    literal_cost,
+    refuse,
+    triton_cost,
+)
+from kernels.kernel import Implementation, Kernel, Request, ShapeError
 
 
 def gated_cross_attention(
@@ -381,68 +386,6 @@ def _request(
     )
 
 
-def _refuse_triton(request: Request) -> str | None:
-    if request["channels"] > 512:
-        return f"takes up to 512 channels, got {request['channels']}: tiles would not fit"
-    return refuse_triton(request)
-
-
-def absorbed_flops(request: Request) -> float:
-    """FLOPs without keys and values: 4 Q H L C per row of the batch, and the folding 4 D^2 C.
-
-    The backward adds 6 Q H L C, or 10 when the features need a gradient, and twice the folding.
-    """
-    loop = 2.0 * request["queries"] * request["heads"] * request["tokens"] * request["channels"]
-    products = 2 if "backward" not in request.needs else 5
-    products += 2 if "feature_gradient" in request.needs else 0
-    folds = 3 if "backward" in request.needs else 1
-    folding = folds * 4.0 * request["dim"] ** 2 * request["channels"]
-    return request["batch"] * products * loop + folding
-
-
-def explicit_flops(request: Request) -> float:
-    """FLOPs with projected keys and values: 4 L C D + 4 Q L D per row, and the folding 4 D^2 C.
-
-    The backward adds 4 L C D for the weights, as much for the features, and 10 Q L D.
-    """
-    unit = 4.0 * request["batch"] * request["tokens"] * request["dim"]
-    backward = "backward" in request.needs
-    projections = 1 + backward + ("feature_gradient" in request.needs)
-    attention = request["queries"] * (3.5 if backward else 1.0)
-    folding = (3 if backward else 1) * 4.0 * request["dim"] ** 2 * request["channels"]
-    return unit * (projections * request["channels"] + attention) + folding
-
-
-def literal_flops(request: Request) -> float:
-    """FLOPs of the reference, which projects features first: 2 L C D + 4 L D^2 + 4 Q L D."""
-    unit = 2.0 * request["batch"] * request["tokens"] * request["dim"]
-    times = 3.0 if "backward" in request.needs else 1.0
-    return times * unit * (request["channels"] + 2.0 * request["dim"] + 2.0 * request["queries"])
-
-
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    size = case.sizes
-    generator = torch.Generator().manual_seed(len(case.name))
-    batch, queries, tokens = size["batch"], size["queries"], size["tokens"]
-    channels, dim = size["channels"], size["dim"]
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return values.to(dtype).to(device)
-
-    square = {name: normal(dim, dim, scale=dim**-0.5) for name in ("w_q", "w_k", "w_v", "w_o")}
-    return {
-        "residual": normal(batch, queries, dim),
-        "query": normal(batch, queries, dim),
-        "features": normal(batch, tokens, channels),
-        "w_feature": normal(dim, channels, scale=channels**-0.5),
-        "b_feature": normal(dim, scale=0.1),
-        **square,
-        "gate": normal(scale=0.5),
-        "num_heads": size["heads"],
-    }
-
-
 KERNEL = Kernel(
     name="gated_cross_attention",
     function=gated_cross_attention,
@@ -451,28 +394,28 @@ KERNEL = Kernel(
         Implementation(
             name="reference",
             module="kernels.gated_cross_attention.reference",
-            cost=lambda request: 100.0 + literal_flops(request) / FLOPS_PER_US,
+            cost=literal_cost,
         ),
         Implementation(
             name="explicit",
             module="kernels.gated_cross_attention.explicit",
             backward="kernels.gated_cross_attention.reference",
-            cost=lambda request: 100.0 + explicit_flops(request) / FLOPS_PER_US,
+            cost=explicit_cost,
         ),
         Implementation(
             name="absorbed",
             module="kernels.gated_cross_attention.absorbed",
             backward="kernels.gated_cross_attention.absorbed_backward",
-            cost=lambda request: 150.0 + absorbed_flops(request) / FLOPS_PER_US,
+            cost=absorbed_cost,
         ),
         Implementation(
             name="triton",
             module="kernels.gated_cross_attention.triton",
-            refuse=_refuse_triton,
-            cost=lambda request: 50.0 + 0.3 * absorbed_flops(request) / FLOPS_PER_US,
+            refuse=refuse,
+            cost=triton_cost,
         ),
     ),
-    inputs=_inputs,
+    inputs=make_inputs,
     differentiable=(
         "residual",
         "query",
@@ -485,17 +428,5 @@ KERNEL = Kernel(
         "w_o",
         "gate",
     ),
-    cases=(
-        Case(
-            name="small",
-            sizes={
-                "batch": 2,
-                "queries": 5,
-                "tokens": 63,
-                "channels": 12,
-                "dim": 16,
-                "heads": 2,
-            },
-        ),
-    ),
+    cases=CASES,
 )

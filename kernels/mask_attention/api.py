@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.device import refuse_triton
-from kernels.kernel import Case, Implementation, Kernel, Request, ShapeError
+from kernels.kernel import Implementation, Kernel, Request, ShapeError
+from kernels.mask_attention.cases import CASES, make_inputs
+from kernels.mask_attention.cost import dense_cost, refuse, separable_cost, triton_cost
 
 Size = tuple[int, int]
 
@@ -226,66 +227,6 @@ def _request(
     )
 
 
-def _refuse_triton(request: Request) -> str | None:
-    if max(request["rows"], request["columns"]) > 128:
-        return f"takes key grids up to 128 x 128, got {request['rows']} x {request['columns']}"
-    if request["dim"] % 2:
-        return f"takes even head widths, got {request['dim']}"
-    return refuse_triton(request)
-
-
-def dense_flops(request: Request) -> float:
-    """FLOPs of dense attention, 4 N L D per head; the backward has 2.5 times as many more."""
-    tokens = request["rows"] * request["columns"]
-    pairs = request["batch"] * request["heads"] * request["queries"] * tokens
-    return pairs * 4.0 * request["dim"] * (3.5 if "backward" in request.needs else 1.0)
-
-
-def separable_flops(request: Request) -> float:
-    """FLOPs of tables, one indicator product and exponentials (16 each) for two classes."""
-    rows, columns, dim = request["rows"], request["columns"], request["dim"]
-    lines = request["batch"] * request["heads"] * request["queries"]
-    per_class = dim * (rows + columns) + 2.0 * rows * columns + 24.0 * (rows + columns)
-    times = 3.0 if "backward" in request.needs else 1.0
-    times += 2.0 * request["masks"] if "mask_gradient" in request.needs else 0.0
-    return 2.0 * lines * per_class * times
-
-
-FLOPS_PER_US = 1e5  # one core; only ratios and the fixed cost of small operations matter
-
-
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    size = case.sizes
-    generator = torch.Generator().manual_seed(len(case.name))
-    grid, rows, columns = size["grid"], size["rows"], size["columns"]
-    heads, dim, masks = size["heads"], size["dim"], size["masks"]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    discs = [
-        ((y - 0.5 * rows) / rows) ** 2 + ((x - (0.3 + 0.2 * m) * columns) / columns) ** 2
-        < (0.15 + 0.1 * m) ** 2
-        for m in range(masks)
-    ]
-    mask = torch.stack(discs).double().expand(size["batch"], -1, -1, -1).clone()
-    if size.get("soft"):
-        mask = torch.where(torch.rand(mask.shape, generator=generator) < 0.02, 0.37, mask)
-    values = {
-        "query": normal(size["batch"], heads, grid[0] * grid[1], dim),
-        "mask": mask,
-        "key_vectors": normal(heads, masks, dim),
-        "value_vectors": normal(heads, masks, dim),
-    }
-    return {
-        **{name: value.to(dtype).to(device) for name, value in values.items()},
-        "query_grid": grid,
-        "extent": size.get("extent", (rows, columns)),
-        "position": size.get("position", "rope"),
-    }
-
-
 KERNEL = Kernel(
     name="mask_attention",
     function=mask_attention,
@@ -294,35 +235,22 @@ KERNEL = Kernel(
         Implementation(
             name="reference",
             module="kernels.mask_attention.reference",
-            cost=lambda request: 200.0 + dense_flops(request) / FLOPS_PER_US,
+            cost=dense_cost,
         ),
         Implementation(
             name="structured",
             module="kernels.mask_attention.structured",
             backward="kernels.mask_attention.structured_backward",
-            cost=lambda request: 1500.0 + separable_flops(request) / FLOPS_PER_US,
+            cost=separable_cost,
         ),
         Implementation(
             name="triton",
             module="kernels.mask_attention.triton",
-            refuse=_refuse_triton,
-            cost=lambda request: 400.0 + 0.1 * separable_flops(request) / FLOPS_PER_US,
+            refuse=refuse,
+            cost=triton_cost,
         ),
     ),
-    inputs=_inputs,
+    inputs=make_inputs,
     differentiable=("query", "mask", "key_vectors", "value_vectors"),
-    cases=(
-        Case(
-            name="small",
-            sizes={
-                "batch": 2,
-                "heads": 2,
-                "grid": (2, 3),
-                "dim": 8,
-                "masks": 2,
-                "rows": 3,
-                "columns": 5,
-            },
-        ),
-    ),
+    cases=CASES,
 )
