@@ -106,7 +106,7 @@ def between(a: SceneObject, b: SceneObject, c: SceneObject, *, loose: bool = Fal
 def at_place(item: SceneObject, place: str, *, loose: bool = False) -> bool:
     """Whether an object is at one of the nine named places."""
     x, y = PLACES[place]
-    reach = 0.26 if loose else 0.12
+    reach = 0.26 if loose else 0.1
     return abs(item.x - x) < reach and abs(item.y - y) < reach
 
 

@@ -61,23 +61,34 @@ def _inner_points(
     return np.stack([columns[chosen], rows[chosen]], axis=-1) + 0.5
 
 
-def _scribble(rng: np.random.Generator, core: Mask) -> npt.NDArray[np.float64]:
-    """A wobbly stroke [P, 2] between two points of a mask, kept to where it stays inside."""
-    ends = _inner_points(rng, core, 8)
-    gaps = np.hypot(*(ends[:, None] - ends[None]).transpose(2, 0, 1))
-    start, stop = np.unravel_index(int(gaps.argmax()), gaps.shape)
-    length = float(gaps.max())
-    t = np.linspace(0, 1, max(2, int(2 * length)))[:, None]
-    across = (ends[stop] - ends[start])[::-1] * (-1, 1)
-    wobble = rng.uniform(-0.2, 0.2) * np.sin(np.pi * t) + 0.06 * np.sin(
-        2 * np.pi * (rng.uniform(1, 3) * t + rng.random())
-    )
-    path = ends[start] + t * (ends[stop] - ends[start]) + wobble * across
-    columns, rows = path.astype(int).T
-    inside = (rows >= 0) & (rows < core.shape[0]) & (columns >= 0) & (columns < core.shape[1])
-    inside[inside] = core[rows[inside], columns[inside]]
-    kept = path[inside]
-    return np.asarray(kept if len(kept) else ends[:1])
+def _longest_run(inside: npt.NDArray[np.bool_]) -> slice:
+    """Where the longest stretch of True lies; empty if there is none."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]]).astype(np.int8)))
+    if not len(edges):
+        return slice(0, 0)
+    starts, stops = edges[::2], edges[1::2]
+    best = int((stops - starts).argmax())
+    return slice(int(starts[best]), int(stops[best]))
+
+
+def _scribble(rng: np.random.Generator, mask: Mask) -> npt.NDArray[np.float64]:
+    """A wobbly stroke [P, 2] that stays inside a mask: the longest of a few attempts."""
+    core, inner = _core(mask), _shrink(mask)
+    best = _inner_points(rng, core, 1)
+    for start, stop in _inner_points(rng, core, 12).reshape(6, 2, 2):
+        length = float(np.hypot(*(stop - start)))
+        t = np.linspace(0, 1, max(2, int(2 * length)))[:, None]
+        across = (stop - start)[::-1] * (-1, 1)
+        wobble = rng.uniform(-0.2, 0.2) * np.sin(np.pi * t) + 0.06 * np.sin(
+            2 * np.pi * (rng.uniform(1, 3) * t + rng.random())
+        )
+        path = start + t * (stop - start) + wobble * across
+        columns, rows = path.astype(int).T
+        inside = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
+        inside[inside] = inner[rows[inside], columns[inside]]
+        kept = path[_longest_run(inside)]
+        best = kept if len(kept) > len(best) else best
+    return best
 
 
 def _rough(rng: np.random.Generator, mask: Mask) -> Mask:
@@ -119,7 +130,7 @@ def region_prompt(rng: np.random.Generator, mask: Mask, kind: RegionKind) -> Mas
         point = _inner_points(rng, _core(mask[rows, columns]), 1) + offset
         return _discs(point, _RADII.click_radius * longer, size)
     if kind == "scribble":
-        path = _scribble(rng, _core(mask[rows, columns])) + offset
+        path = _scribble(rng, mask[rows, columns]) + offset
         return _discs(path, _RADII.scribble_radius * longer, size)
     if kind == "mask":
         return _rough(rng, mask)
