@@ -69,6 +69,15 @@ def read_config(directory: Path) -> FocusConfig:
         raise CheckpointMismatch(f"{directory / CONFIG}: {error}") from error
 
 
+RANDOM_FILLS = (  # those of nn.init hide the tensor's own from a mode
+    Tensor.normal_,
+    Tensor.uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    nn.init.kaiming_uniform_,
+)
+
+
 class SkipRandom(TorchFunctionMode):
     """Leaves new parameters unfilled: for models that `load_weights` fills whole right after.
 
@@ -83,9 +92,10 @@ class SkipRandom(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run anything but random fills in place."""
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func in RANDOM_FILLS:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -187,6 +187,13 @@ def test_report_says_what_is_loaded_new_and_skipped(imported: Imported) -> None:
     assert saved["new"] == report.new
 
 
+def test_no_shard_is_larger_than_asked_for(imported: Imported) -> None:
+    for name in imported.report.files:
+        tensors = load_file(imported.out / name)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert size <= 300_000 or len(tensors) == 1, name
+
+
 def test_vocabulary_is_extended_in_the_published_order(imported: Imported) -> None:
     vocabulary, config = imported.focus.vocabulary, imported.model.config
     size = vocabulary.text_size

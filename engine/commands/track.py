@@ -1,0 +1,161 @@
+"""`focus track`: follow objects through a clip, or edit the clip with one instruction."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.commands import options
+
+if TYPE_CHECKING:
+    from engine.video_files import VideoClip
+    from focus import Focus
+    from focus.regions import Region
+
+HELP = "follow objects through a clip by words, regions of one frame or classes; or edit the clip"
+EXAMPLES = (
+    'focus track clip.mp4 "the red circle"',
+    "focus track frames/ --click 40,60 --frame 12",
+    'focus track clip.gif --classes "red circle, blue star"',
+    'focus track clip.mp4 --edit "make <region> blue" --box 20,30,60,80',
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("clip", metavar="CLIP", help="a video file, a GIF or a folder of pictures")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="an expression to find")
+    parser.add_argument("--classes", metavar="NAMES", help="class names, by commas")
+    parser.add_argument("--edit", metavar="TEXT", help="edit every frame as this text says")
+    parser.add_argument(
+        "--frame",
+        type=options.whole(0, 1_000_000),
+        default=0,
+        metavar="N",
+        help="frame that the regions are on, counted from 0 (%(default)s)",
+    )
+    parser.add_argument(
+        "--every",
+        type=options.whole(1, 1000),
+        default=1,
+        metavar="N",
+        help="read one frame in N (%(default)s)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=options.whole(1, 4096),
+        default=256,
+        metavar="N",
+        help="read at most N frames (%(default)s)",
+    )
+    options.add_regions(parser, many=True)
+    options.add_model(parser, "out/track")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Track or edit one clip; write a clip, masks and a report."""
+    _check(args)
+    from engine.pictures import write_json
+    from engine.video_files import read_clip, write_clip
+
+    clip = read_clip(args.clip, every=args.every, limit=args.limit)
+    if args.frame >= len(clip.frames):
+        raise options.UsageError(f"--frame: 0 to {len(clip.frames) - 1} expected, got {args.frame}")
+    regions = _regions(args, clip)
+    model = options.load_model(args.model)
+    start = time.perf_counter()
+    name = options.stem(Path(args.clip).stem)
+    suffix = Path(args.clip).suffix or ".gif"
+    if args.edit:
+        frames, found = _edit(args, model, clip, regions)
+        path = args.out / f"{name}.edited{suffix}"
+    else:
+        frames, found = _track(args, model, clip, regions)
+        path = args.out / f"{name}.tracked{suffix}"
+    report = {
+        "command": "track",
+        "model": args.model,
+        "clip": args.clip,
+        "frames": len(clip.frames),
+        "fps": clip.fps,
+        "text": args.edit or args.text or args.classes,
+        "regions": options.region_report(args.regions),
+        "frame": args.frame,
+        "seed": args.seed,
+        **found,
+        "written": write_clip(path, frames, clip.fps),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    saved = write_json(report, args.out / f"{name}.json")
+    lines = [
+        f"{item['name']}: seen in {item['seen']} of {len(clip.frames)} frames, {item['masks']}"
+        for item in found["objects"]
+    ]
+    lines.append(f"{report['written']} ({report['seconds']:.2f} s)")
+    return options.reply({**report, "report": saved}, lines, args.json)
+
+
+def _check(args: argparse.Namespace) -> None:
+    given = [bool(args.text), bool(args.classes), bool(args.regions)]
+    if args.edit:
+        if args.text or args.classes or len(args.regions or ()) > 1:
+            raise options.UsageError("--edit takes its text and at most one region")
+        options.check_text(args.edit, "--edit")
+    elif sum(given) != 1:
+        raise options.UsageError("give one of TEXT, --classes or regions such as --click 40,60")
+
+
+def _regions(args: argparse.Namespace, clip: VideoClip) -> list[Region]:
+    from PIL import Image
+
+    from engine.pictures import Picture
+
+    picture = Picture(image=Image.fromarray(clip.frames[args.frame]), path=Path(args.clip))
+    return options.read_regions(args.regions, picture)
+
+
+def _edit(
+    args: argparse.Namespace, model: Focus, clip: VideoClip, regions: list[Region]
+) -> tuple[list[Any], dict[str, Any]]:
+    import numpy as np
+
+    region = regions[0] if regions else None
+    results = model.edit_clip(clip.frames, args.edit, region, args.frame, seed=args.seed)
+    return [np.asarray(result.image) for result in results], {"objects": []}
+
+
+def _track(
+    args: argparse.Namespace, model: Focus, clip: VideoClip, regions: list[Region]
+) -> tuple[list[Any], dict[str, Any]]:
+    import numpy as np
+    from PIL import Image
+
+    from engine.pictures import write_mask
+    from engine.show import overlay
+
+    tracks = model.track(
+        clip.frames,
+        text=args.text,
+        regions=regions or None,
+        start=args.frame,
+        classes=args.classes.split(",") if args.classes else None,
+        seed=args.seed,
+    )
+    frames = [
+        np.asarray(
+            overlay(Image.fromarray(frame), [masks[t] for masks in tracks.masks], enlarge=False)
+        )
+        for t, frame in enumerate(clip.frames)
+    ]
+    name = options.stem(Path(args.clip).stem)
+    objects = []
+    for number, (label, masks) in enumerate(zip(tracks.names, tracks.masks, strict=True), 1):
+        folder = args.out / f"{name}.mask-{number}"
+        for t, mask in enumerate(masks):
+            write_mask(mask, folder / f"{t:05d}.png")
+        seen = sum(bool(mask.any()) for mask in masks)
+        scores = tracks.scores[number - 1]
+        objects.append({"name": label, "seen": seen, "scores": scores, "masks": folder})
+    return frames, {"objects": objects}
