@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parallel.checkpoint import CheckpointMismatch
 from parallel.mesh import Mesh
-from parallel.optimizer import OptimizerConfig, freeze
+from parallel.optimizer import OptimizerConfig, freeze, frozen_rows
 from parallel.sections import Work
 from parallel.tensors import read_tensors, unique_tensors, write_tensors
 
@@ -109,6 +109,9 @@ class PlainEngine:
             collected.append({name: term.detach() for name, term in terms.items()})
         if self.mesh.data_size > 1:
             average_gradients(list(self.learning.values()), self.mesh.data_size)
+        for p in self.learning.values():
+            if p.grad is not None and frozen_rows(p):
+                p.grad[: frozen_rows(p)] = 0
         gradients = [p.grad for p in self.learning.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         report = _report(collected, norm, self.mesh)

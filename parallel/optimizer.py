@@ -72,3 +72,17 @@ def freeze(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
     if not learning:
         raise RateError(f"nothing learns: no rate above 0 in {dict(rates)}")
     return learning
+
+
+def freeze_rows(parameter: nn.Parameter, count: int) -> None:
+    """Let the first `count` rows of a learning table stay as they are, on every engine.
+
+    Engines set the gradient of these rows to zero; use it instead of a gradient hook, which a split
+    table would not have.
+    """
+    parameter.frozen_rows = count  # type: ignore[attr-defined]
+
+
+def frozen_rows(parameter: nn.Parameter) -> int:
+    """Return what `freeze_rows` was told, or 0."""
+    return int(getattr(parameter, "frozen_rows", 0))

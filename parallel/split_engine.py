@@ -17,8 +17,9 @@ from parallel import cpu
 from parallel.engine import NonFiniteLoss, StepReport, sum_terms
 from parallel.layout import MeshError, ParallelConfig
 from parallel.mesh import Mesh
-from parallel.optimizer import OptimizerConfig, RateError, freeze, rate_of
+from parallel.optimizer import OptimizerConfig, RateError, freeze, frozen_rows, rate_of
 from parallel.sections import Work
+from parallel.weight_map import FOCUS
 
 cpu.install()
 
@@ -80,6 +81,7 @@ class SplitEngine:
         self.config = config
         self.layout = layout
         self.mesh = mesh
+        self.frozen_rows = _frozen_table_rows(whole)
         bf16 = precision == "bf16"
         llm: Any = whole.config.llm  # type: ignore[union-attr]
         self.megatron = transformer_config(llm, layout, bf16=bf16)
@@ -136,7 +138,16 @@ class SplitEngine:
             micro_batch_size=items[0][1].input_ids.shape[0],
             forward_only=False,
         )
+        self._zero_frozen_rows()
         return self._update(number, self._terms(collected, len(items)))
+
+    def _zero_frozen_rows(self) -> None:
+        """Keep the first rows of the token table, wherever copies of their shards lie."""
+        for chunk in self.chunks if self.frozen_rows else ():
+            for _, parameter, made_of in chunk.llm.entries():
+                if made_of.names == (FOCUS.table,) and parameter.requires_grad:
+                    first = parallel_state.get_tensor_model_parallel_rank() * len(parameter)
+                    parameter.main_grad[: max(0, self.frozen_rows - first)] = 0
 
     def _update(self, number: int, found: tuple[float, dict[str, float]]) -> StepReport:
         loss, terms = found
@@ -239,6 +250,17 @@ class SplitEngine:
         from parallel.shards import load_shards
 
         load_shards(folder / "shards", self.chunks, self.optimizer)
+
+
+def _frozen_table_rows(whole: Any) -> int:
+    """Return how many rows of the token table stay; raises `MeshError` on gradient hooks."""
+    hooked = [name for name, p in whole.named_parameters() if p._backward_hooks]
+    if hooked:
+        raise MeshError(
+            f"a split model keeps no gradient hooks, got some on {hooked}; to keep rows of a table "
+            "use parallel.optimizer.freeze_rows"
+        )
+    return frozen_rows(whole.front.token_embedding.weight)
 
 
 def _learning_rates(

@@ -29,6 +29,7 @@ from focus.config import (
 )
 from focus.model import CONDITION_KINDS, FocusModel
 from focus.segment.loss import segmentation_losses
+from parallel.optimizer import freeze_rows
 from parallel.sections import Handover
 
 CONFIG = FocusConfig(
@@ -88,6 +89,8 @@ CONFIG = FocusConfig(
     ),
 )
 SEMANTIC, PIXEL = slice(160, 176), slice(176, 240)  # token ids of the two codebooks
+
+TEXT_ROWS = 150  # of the token table, which stage 2 leaves alone
 
 # Learning parts and rates of the stages of Table 6; large, so that twenty steps move every loss.
 RATES: dict[int, dict[str, float]] = {
@@ -162,6 +165,8 @@ class SmallStage(SectionStage):
             for name, parameter in model.named_parameters():
                 if "gate" in name or name.endswith("mask_projection.weight"):
                     parameter.fill_(0.3)  # zero at birth, which would hide what lies behind
+        if self.stage == 2:
+            freeze_rows(model.front.token_embedding.weight, TEXT_ROWS)
         return model
 
     def batches(self, run: Run, step: int, micro: Micro) -> Batch:

@@ -74,7 +74,7 @@ def kill_often(folder: Path, kills: int, seed: int) -> int:
     for _ in range(4 * kills):
         processes = ranks.launch(2, folder, train_part, folder, TP2, 6, {"save_every": 1})
         wait_for_progress(folder, processes[0])
-        time.sleep(source.uniform(0.0, 1.5) if hits < kills else 300)
+        time.sleep(source.uniform(0.0, 1.5))
         victim = processes[source.randrange(2)]
         if victim.pid is not None and victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)

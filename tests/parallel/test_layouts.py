@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from parallel.layout import ParallelConfig
 from tests.parallel import ranks
-from tests.parallel.small import TASKS, SmallStage, small_run
+from tests.parallel.small import TASKS, TEXT_ROWS, SmallStage, small_run
 
 STEPS = 4  # in every run of the tests; the slow ones do twenty
 Curve = list[tuple[dict[str, float], float]]
@@ -130,3 +131,32 @@ def test_untied_tables_equal_one_process() -> None:
 def test_interleaving_refuses_micro_batches_of_several_sizes() -> None:
     with pytest.raises(AssertionError, match=r"vpp above 1 needs micro-batches of one size"):
         run(2, ParallelConfig(pp=2, vpp=2), (4,), 1)
+
+
+def table_after(rank: int, layout: ParallelConfig) -> torch.Tensor:
+    """This rank's shard of the token table after a step of stage 2."""
+    from engine.run import derive_seed
+    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from parallel.mesh import open_mesh
+
+    run = small_run(2, parallel=layout)
+    with open_mesh(layout) as mesh:
+        seed_everything(derive_seed(run.seed, "build"))
+        engine = build_engine(run, SmallStage(2), mesh)
+        before = [p.detach().clone() for n, p in engine.model.named_parameters() if is_table(n)]
+        data = StepDataset(run, SmallStage(2), mesh.data_rank, mesh.data_size)
+        engine.step(0, data[0], StepWork(run, SmallStage(2), 0, mesh))
+        after = [p.detach() for n, p in engine.model.named_parameters() if is_table(n)]
+    return (after[0] - before[0]).abs().amax(1)
+
+
+def is_table(name: str) -> bool:
+    return name.endswith(("word_embeddings.weight", "token_embedding.weight"))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_frozen_rows_of_the_token_table_stay(tp: int) -> None:
+    layout = ParallelConfig(tp=tp, trunk="auto" if tp == 1 else "megatron")
+    change = torch.cat(ranks.run(tp, table_after, layout))
+    assert float(change[:TEXT_ROWS].max()) == 0
+    assert float(change[TEXT_ROWS:].max()) > 0

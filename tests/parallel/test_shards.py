@@ -85,7 +85,7 @@ def test_another_layout_goes_on_as_if_nothing_had_happened(
     shutil.copytree(cut, folder)
     said = go(size, folder, ParallelConfig(**layout))
     assert f"resuming after step {CUT}" in said
-    assert worst(folder, uncut) <= 1e-5
+    assert worst(folder, uncut) <= 1e-4
 
 
 def test_rates_of_each_part_survive_a_resume(cut: Path, uncut: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_rates_of_each_part_survive_a_resume(cut: Path, uncut: Path, tmp_path: P
     shutil.copytree(cut, folder)
     rates = {**small_run(3).rates, "heads.segment.*": 5e-4}
     go(1, folder, WHOLE, rates=rates)
-    assert worst(folder, uncut) > 1e-4
+    assert worst(folder, uncut) > 1e-3
 
 
 def test_one_flipped_byte_in_any_file_is_refused_by_name(cut: Path, tmp_path: Path) -> None:
