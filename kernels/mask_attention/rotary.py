@@ -31,7 +31,8 @@ def rotate(vectors: Tensor, angle: Tensor) -> Tensor:
 
     A pair is a complex number, so this is one multiplication; fp32 or fp64.
     """
-    pairs = torch.view_as_complex(vectors.reshape(*vectors.shape[:-1], -1, 2).contiguous())
+    paired = vectors.reshape(*vectors.shape[:-1], vectors.shape[-1] // 2, 2)
+    pairs = torch.view_as_complex(paired.contiguous())
     turn = torch.polar(torch.ones_like(angle), angle)
     return torch.view_as_real(pairs * turn).flatten(-2)
 
