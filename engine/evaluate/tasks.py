@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -221,6 +222,7 @@ def measure_tokenizer(samples: Samples) -> Figures:
     records = samples.records("vqa")
     figures: dict[str, list[float]] = {"tokenizer_psnr": [], "diffusion_psnr": []}
     pipeline = samples.model.pipeline()
+    pipeline.settings = replace(pipeline.settings, decoder="diffusion")
     for batch in chunks(records):
         pictures = to_pictures([r.image for r in batch if r.image is not None], model.config)
         truth = to_uint8(pictures.pixel)
