@@ -24,7 +24,6 @@ from focus.diffusion.vae import vae_losses
 from focus.losses import language_loss
 from focus.model import FocusModel
 
-
 SQUARE = 10.0  # weight of the VAE's squared error: small bright objects count for little in L1
 
 
