@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels: cubin, PTX and launch description, no GPU needed.
+"""Ahead-of-time compilation of the Triton kernels: cubin, PTX and launch description; no GPU.
 
     python -m kernels.aot --arch sm_90 [--out DIR] [--op NAME]
 
