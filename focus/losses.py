@@ -31,7 +31,10 @@ def language_loss(
     )
     total = hidden.new_zeros((), dtype=torch.float32)
     for state, target, part in zip(
-        states.split(CHUNK), targets.split(CHUNK), scale.split(CHUNK), strict=True
+        torch.split(states, CHUNK),
+        torch.split(targets, CHUNK),
+        torch.split(scale, CHUNK),
+        strict=True,
     ):
         loss = F.cross_entropy(F.linear(state, table).float(), target, reduction="none")
         total = total + (loss * part).sum()
@@ -51,7 +54,7 @@ def expected_code_loss(
     if index.numel() == 0:
         return hidden.sum() * 0.0
     total = hidden.new_zeros((), dtype=torch.float32)
-    for state, target in zip(hidden.split(CHUNK), index.split(CHUNK), strict=True):
+    for state, target in zip(torch.split(hidden, CHUNK), torch.split(index, CHUNK), strict=True):
         p = F.softmax(F.linear(state, table).float() / temperature, dim=-1)
         total = total + (p @ codes.float() - codes[target].float()).square().mean(-1).sum()
     return total / index.numel()
