@@ -114,16 +114,20 @@ def rate(device: str) -> float:
 
 def floor_flops(kernel: Kernel, case: Case, direction: str) -> float:
     """Return the least arithmetic we know for a problem."""
-    size = case.sizes
+    size: dict[str, Any] = dict(case.sizes)
+    count: float
     if kernel.name == "codebook_lookup":
-        return 2.0 * size["tokens"] * size["codes"] * size["dim"]
+        count = 2.0 * size["tokens"] * size["codes"] * size["dim"]
+        return count
     if kernel.name == "mask_attention":
         lines = size["batch"] * size["heads"] * size["grid"][0] * size["grid"][1]
         side = size["rows"] + size["columns"]
         per_line = 2 * size["dim"] / 2 * side + 2 * size["rows"] * size["columns"]
-        return 2.0 * lines * per_line * (3.0 if "backward" in direction else 1.0)
+        count = 2.0 * lines * per_line * (3.0 if "backward" in direction else 1.0)
+        return count
     loop = 2.0 * size["queries"] * size["heads"] * size["tokens"] * size["channels"]
-    return size["batch"] * loop * (5.0 if "backward" in direction else 2.0)
+    count = size["batch"] * loop * (5.0 if "backward" in direction else 2.0)
+    return count
 
 
 def run_case(

@@ -7,6 +7,7 @@ before timing only where the peer's own interface separates it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -50,17 +51,18 @@ def lookup_official(inputs: Inputs) -> Call:
     def call() -> Tensor:
         x, codes = inputs["x"], inputs["codes"]
         squares = x.square().sum(1, keepdim=True) + codes.square().sum(1)
-        return (squares - 2 * torch.einsum("bd,dn->bn", x, codes.T)).argmin(1)
+        scores: Tensor = squares - 2 * torch.einsum("bd,dn->bn", x, codes.T)
+        return scores.argmin(1)
 
     return call
 
 
 def lookup_vector_quantize(inputs: Inputs) -> Call:
     """SimVQ of vector-quantize-pytorch with an identity map."""
-    from vector_quantize_pytorch import SimVQ
+    package = importlib.import_module("vector_quantize_pytorch")
 
     codes = inputs["codes"]
-    module = SimVQ(dim=codes.shape[1], codebook_size=codes.shape[0], rotation_trick=False)
+    module = package.SimVQ(dim=codes.shape[1], codebook_size=codes.shape[0], rotation_trick=False)
     module = module.to(codes.device).eval()
     module.frozen_codebook.copy_(codes)
     module.code_transform.weight.data.copy_(torch.eye(codes.shape[1]))
@@ -84,19 +86,19 @@ def lookup_faiss(inputs: Inputs) -> Call:
 
 def lookup_sklearn(inputs: Inputs) -> Call:
     """pairwise_distances_argmin of scikit-learn."""
-    from sklearn.metrics import pairwise_distances_argmin
+    metrics = importlib.import_module("sklearn.metrics")
 
     x, codes = inputs["x"].numpy(), inputs["codes"].numpy()
-    return lambda: torch.from_numpy(pairwise_distances_argmin(x, codes))
+    return lambda: torch.from_numpy(metrics.pairwise_distances_argmin(x, codes))
 
 
 def lookup_flash_kmeans(inputs: Inputs) -> Call:
     """Assignment kernel of flash-kmeans (CUDA)."""
-    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+    package = importlib.import_module("flash_kmeans.assign_euclid_triton")
 
     x, codes = inputs["x"][None], inputs["codes"][None]
     squares = x.square().sum(-1)
-    return lambda: euclid_assign_triton(x, codes, squares)[0]
+    return lambda: package.euclid_assign_triton(x, codes, squares)[0]
 
 
 # --- mask attention --------------------------------------------------------------------------
@@ -218,7 +220,8 @@ def gated_folded(inputs: Inputs) -> Call:
         k = split(inputs["features"] @ to_keys.T)
         v = split(F.linear(inputs["features"], to_values, shift))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return inputs["residual"] + torch.tanh(inputs["gate"]) * (out @ inputs["w_o"].T)
+        tanh: Tensor = torch.tanh(inputs["gate"])
+        return inputs["residual"] + tanh * (out @ inputs["w_o"].T)  # type: ignore[no-any-return]
 
     return call
 
@@ -247,7 +250,8 @@ def gated_literal(inputs: Inputs) -> Call:
             for source, name in ((inputs["query"], "w_q"), (f, "w_k"), (f, "w_v"))
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return inputs["residual"] + torch.tanh(inputs["gate"]) * (out @ inputs["w_o"].T)
+        tanh: Tensor = torch.tanh(inputs["gate"])
+        return inputs["residual"] + tanh * (out @ inputs["w_o"].T)  # type: ignore[no-any-return]
 
     return call
 

@@ -64,7 +64,8 @@ def measure(
 
 def _once(function: Function, device: str) -> tuple[float, float]:
     if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
         function()
@@ -108,7 +109,8 @@ def _high_water() -> int:
 
 def graph(function: Function) -> Function:
     """Return the replay of a CUDA graph of `function`: what a server pays, without launches."""
-    stream = torch.cuda.Stream()
+    make: Any = torch.cuda.Stream
+    stream = make()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

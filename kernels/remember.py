@@ -20,9 +20,9 @@ def _same(refs: tuple[weakref.ref[Tensor], ...], tensors: tuple[Tensor, ...]) ->
 class Remembered(Generic[T]):
     """A small cache keyed by the identity and the version counters of its source tensors.
 
-    In-place writes raise a tensor's version; writes through `.data` do not, so this serves
-    inference and frozen tensors only. Tensors created in inference mode have no version and are
-    never remembered. Safe to use from several threads.
+    In-place writes raise a tensor's version, but writes through `.data` do not, and optimizers
+    make them: a tensor that requires a gradient is therefore never remembered, freeze it first.
+    Neither is one created in inference mode, which has no version. Safe to use from threads.
     """
 
     def __init__(self, size: int = 8) -> None:
@@ -34,7 +34,7 @@ class Remembered(Generic[T]):
 
     def get(self, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
         """Return the remembered value of `sources`, or make and remember it."""
-        if any(source.is_inference() for source in sources):
+        if any(source.is_inference() or source.requires_grad for source in sources):
             return make()
         key = tuple(id(source) for source in sources)
         versions = tuple(source._version for source in sources)

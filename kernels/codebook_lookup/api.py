@@ -15,6 +15,7 @@ from kernels.codebook_lookup import reference
 from kernels.codebook_lookup.cases import CASES, make_inputs
 from kernels.device import interpreted_cost, refuse_triton
 from kernels.kernel import Implementation, Kernel, Request, ShapeError
+from kernels.remember import Remembered
 
 
 def codebook_lookup(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,11 +119,15 @@ def _lookup_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tens
 _lookup.register_autograd(_lookup_grad, setup_context=_lookup_setup)
 
 
+_codes: Remembered[Tensor] = Remembered()
+
+
 @torch.library.custom_op("focus::simvq", mutates_args=())
 def _simvq(
     x: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    codes = reference.project(codebook, weight, bias)
+    sources = (codebook, weight) if bias is None else (codebook, weight, bias)
+    codes = _codes.get(sources, lambda: reference.project(codebook, weight, bias))
     _, index = _lookup(x, codes)
     quantised, loss = reference.commit(x, reference.gather(codes, index), beta)
     return quantised, index, loss

@@ -15,10 +15,10 @@ OPERANDS = ("rows", "features", "grad")
 SHAPES = {192: (128, 64), 384: (256, 128)}
 SETTINGS = {
     ("split_forward", 192): (64, 64, 4, 2),
-    ("split_forward", 384): (64, 32, 8, 1),
+    ("split_forward", 384): (64, 64, 8, 2),
     ("split_backward_rows", 192): (64, 64, 4, 2),
     ("split_backward_rows", 384): (64, 32, 8, 1),
-    ("backward_features", 192): (64, 64, 8, 1),
+    ("backward_features", 192): (32, 64, 4, 1),
     ("backward_features", 384): (64, 32, 8, 1),
 }
 
