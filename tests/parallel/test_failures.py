@@ -55,7 +55,8 @@ def test_nan_on_one_rank_stops_all_and_touches_nothing(
     answers = ranks.run(size, meet_nan, ParallelConfig(**layout), bad)
     assert len({loss for _, _, loss in answers}) == 1
     for message, change, loss in answers:
-        assert "step 1: loss editing/words is not finite" in message
+        assert message.startswith("step 1: loss editing/words")
+        assert "not finite" in message
         assert change == 0
         assert torch.isfinite(torch.tensor(loss))
 
