@@ -9,6 +9,7 @@ import math
 import random
 import signal
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,10 @@ def train(
             for message in messages:
                 monitor.say(message)
             step = _loop(run, stage, engine, folder, mesh, monitor, start, last, stop)
+        except BaseException as error:
+            # Frees the data loader now: its workers ignore signals and would outlive the error.
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
             monitor.close()
         return Outcome(step=step, stopped=step < last, checkpoint=folder.path(step))
