@@ -40,15 +40,19 @@ def dali_problem() -> str | None:
     return None
 
 
-def build(batch: int, threads: int, device: int | None, prefetch: int = 1) -> Any:
-    """Return the pipeline: bytes and a plan in; frame, ViT copy, pixel copy and map out."""
+def build(batch: int, threads: int, device: int | None, colour: bool = True) -> Any:
+    """Return the pipeline: bytes and a plan in; frame, ViT copy, pixel copy and map out.
+
+    `colour` False leaves brightness and contrast out, which costs a pass over every pixel.
+    """
     fn: Any = importlib.import_module("nvidia.dali.fn")
     types: Any = importlib.import_module("nvidia.dali.types")
     dali: Any = importlib.import_module("nvidia.dali")
     pipeline = dali.Pipeline(
-        batch_size=batch, num_threads=threads, device_id=device, prefetch_queue_depth=prefetch
+        batch_size=batch, num_threads=threads, device_id=device, prefetch_queue_depth=1
     )
     decoder = "cpu" if device is None else "mixed"
+    names = INPUTS if colour else INPUTS[:-1]
     with pipeline:
         given = {
             name: fn.external_source(
@@ -62,12 +66,13 @@ def build(batch: int, threads: int, device: int | None, prefetch: int = 1) -> An
                 ),
                 ndim=1,
             )
-            for name in INPUTS
+            for name in names
         }
         image = fn.decoders.image(given["picture"], device=decoder, output_type=types.RGB)
-        image = fn.brightness_contrast(
-            image, brightness=given["colour"][0], contrast=given["colour"][1]
-        )
+        if colour:
+            image = fn.brightness_contrast(
+                image, brightness=given["colour"][0], contrast=given["colour"][1]
+            )
         window = {"roi_start": given["start"], "roi_end": given["end"]}
         smooth = {"interp_type": types.INTERP_CUBIC, "antialias": True, **window}
         levels = fn.decoders.image(
@@ -100,7 +105,7 @@ class DaliDecoder:
         self.device = device
         self.batch = batch
         self.rebuilt = 0  # pipelines lost to pictures that the guard had let pass
-        self._pipeline: Any = None
+        self._pipelines: dict[bool, Any] = {}
 
     def decode(self, works: Sequence[Work]) -> list[Copies | BadSample]:
         """See `Decoder`."""
@@ -117,7 +122,7 @@ class DaliDecoder:
             try:
                 done: Sequence[Copies | BadSample] = self._run([works[n] for n in sound])
             except RuntimeError as error:
-                self._pipeline = None
+                self._pipelines.clear()
                 self.rebuilt += 1
                 done = self._one_by_one([works[n] for n in sound], error)
             results.update(zip(sound, done, strict=True))
@@ -133,23 +138,26 @@ class DaliDecoder:
             except BadSample as error:
                 found.append(error)
             except RuntimeError as error:
-                self._pipeline = None
+                self._pipelines.clear()
                 found.append(BadSample("undecodable", f"DALI: {_last_line(error)}"))
         if not any(isinstance(one, BadSample) for one in found) and len(works) == 1:
             raise DataError(f"DALI fails on sound pictures: {_last_line(cause)}") from cause
         return found
 
     def _run(self, works: Sequence[Work]) -> list[Copies]:
-        if self._pipeline is None:
-            self._pipeline = build(self.batch, self.threads, self.device)
+        colour = any(w.view.brightness != 1 or w.view.contrast != 1 for w in works)
+        if colour not in self._pipelines:
+            self._pipelines[colour] = build(self.batch, self.threads, self.device, colour)
+        pipeline = self._pipelines[colour]
         for name, values in zip(INPUTS, zip(*map(_feed, works), strict=True), strict=True):
-            self._pipeline.feed_input(name, list(values))
-        outputs = [_to_cpu(output) for output in self._pipeline.run()]
+            if colour or name != "colour":
+                pipeline.feed_input(name, list(values))
+        outputs = [_to_cpu(output) for output in pipeline.run()]
         return list(_collect(works, outputs))
 
     def close(self) -> None:
         """Drop the pipeline."""
-        self._pipeline = None
+        self._pipelines.clear()
 
 
 def _check(work: Work) -> BadSample | None:
