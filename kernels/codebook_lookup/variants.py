@@ -27,7 +27,7 @@ VARIANTS = [
         aligned=("K", "span"),
         elements=rows * 256 // (32 * warps),
     )
-    for rows, warps in ((128, 4), (64, 4))
+    for rows, warps in ((128, 4),)
 ] + [
     Variant(
         name="codebook_lookup/rescore/D32",

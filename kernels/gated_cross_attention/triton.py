@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.device import power_of_two
-from kernels.gated_cross_attention import absorbed, absorbed_backward
+from kernels.gated_cross_attention import absorbed, absorbed_backward, launch
 
 LOG2E = 1.0 / math.log(2.0)
 
@@ -198,10 +198,9 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _settings(kernel: str, features: Tensor) -> dict[str, int]:
-    default = {"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 2}
-    if features.dtype is torch.float32 or features.shape[2] > 256:
-        default = {"BM": 64, "BN": 32, "num_warps": 8, "STAGES": 1}
-    key = f"{kernel}/C{features.shape[2]}/{str(features.dtype)[6:]}"
+    channels = features.shape[2]
+    default = launch.settings(kernel, channels, features.dtype is torch.float32)
+    key = f"{kernel}/C{channels}/{str(features.dtype)[6:]}"
     return tuning.lookup("gated_cross_attention", key, features.device, default)
 
 
@@ -245,6 +244,8 @@ def attend_backward(
     rows: absorbed_backward.Rows, features: Tensor, bias: Tensor | None, needs_features: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the rows [B, R, C] and of the features (or empty)."""
+    if features.shape[2] > launch.BACKWARD_CHANNELS:
+        return absorbed_backward.attend_backward(rows, features, bias, needs_features)
     features = features.contiguous()
     batch, num_rows, channels = rows.query.shape
     tokens = features.shape[1]

@@ -5,27 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.aot import Variant
+from kernels.gated_cross_attention import launch
 
 MODULE = "kernels.gated_cross_attention.triton"
 FORWARD = ("rows", "features", "bias", "partial", "partial_lse")
 ROWS = ("rows", "features", "bias", "grad", "lse", "mean", "partial")
 FEATURES = ("rows", "features", "bias", "grad", "lse", "mean", "out")
 OPERANDS = ("rows", "features", "grad")
-# (channels, first, second): BM, BN, warps, stages per kernel
-SHAPES = {192: (128, 64), 384: (256, 128)}
-SETTINGS = {
-    ("split_forward", 192): (64, 64, 4, 2),
-    ("split_forward", 384): (64, 64, 8, 2),
-    ("split_backward_rows", 192): (64, 64, 4, 2),
-    ("split_backward_rows", 384): (64, 32, 8, 1),
-    ("backward_features", 192): (32, 64, 4, 1),
-    ("backward_features", 384): (64, 32, 8, 1),
+SHAPES = {192: (128, 64), 384: (256, 128)}  # channels: the two powers of two that cover them
+KERNELS = {
+    "forward": ("split_forward", FORWARD),
+    "backward_rows": ("split_backward_rows", ROWS),
+    "backward_features": ("backward_features", FEATURES),
 }
 
 
-def variant(kernel: str, pointers: tuple[str, ...], channels: int, dtype: str) -> Variant:
+def variant(stage: str, channels: int, dtype: str) -> Variant:
     """Describe one kernel of one channel count and dtype."""
-    rows, tokens, warps, stages = SETTINGS[kernel, channels]
+    kernel, pointers = KERNELS[stage]
+    setting = launch.settings(stage, channels, wide=False)
+    warps, stages = setting["num_warps"], setting["STAGES"]
     kinds = {name: f"*{dtype}" if name in OPERANDS else "*fp32" for name in pointers}
     if kernel == "backward_features":
         kinds["out"] = f"*{dtype}"
@@ -34,8 +33,8 @@ def variant(kernel: str, pointers: tuple[str, ...], channels: int, dtype: str) -
         "C": channels,
         "C1": SHAPES[channels][0],
         "C2": SHAPES[channels][1],
-        "BM": rows,
-        "BN": tokens,
+        "BM": setting["BM"],
+        "BN": setting["BN"],
         "BIAS": False,
         "STAGES": stages,
         "PRECISION": "tf32",
@@ -51,12 +50,9 @@ def variant(kernel: str, pointers: tuple[str, ...], channels: int, dtype: str) -
 
 
 VARIANTS = [
-    variant(kernel, pointers, channels, dtype)
-    for kernel, pointers in (
-        ("split_forward", FORWARD),
-        ("split_backward_rows", ROWS),
-        ("backward_features", FEATURES),
-    )
+    variant(stage, channels, dtype)
+    for stage in KERNELS
     for channels in SHAPES
     for dtype in ("fp16", "bf16")
+    if stage == "forward" or channels <= launch.BACKWARD_CHANNELS
 ]

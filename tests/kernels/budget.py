@@ -35,19 +35,19 @@ def run(kernel: Kernel, name: str, inputs: dict[str, Any]) -> tuple[list[Tensor]
         produced = kernel.function(**{**inputs, **leaves})
         outputs = list(produced) if isinstance(produced, tuple) else [produced]
         generator = torch.Generator().manual_seed(7)
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
         for output in outputs:
             if output.is_floating_point():
                 weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-                loss = loss + (weight.to(output.dtype) * output).double().sum()
+                loss = loss + (weight.to(output) * output).double().sum()
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     present = [g if g is not None else torch.zeros(()) for g in grads]
     return [o.detach() for o in outputs], present
 
 
-def check(kernel: Kernel, name: str, case: Case, dtype: torch.dtype) -> None:
+def check(kernel: Kernel, name: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """Assert err(implementation) <= 2 (err(reference in the same dtype) + one rounding)."""
-    inputs = cast(kernel.inputs(case, dtype, "cpu"), dtype)
+    inputs = cast(kernel.inputs(case, dtype, device), dtype)
     exact, exact_grads = run(kernel, "reference", cast(inputs, torch.float64))
     plain, plain_grads = run(kernel, "reference", inputs)
     ours, our_grads = run(kernel, name, inputs)
