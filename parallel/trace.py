@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from focus.batch import Batch, Pictures, Source
 from focus.config import FocusConfig
@@ -24,6 +24,22 @@ from focus.model import FocusModel
 from parallel.optimizer import freeze
 
 BYTES = {"fp32": 4, "bf16": 2}
+
+
+def _attention_flops(
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """FLOPs of attention on a CPU, which torch's counter passes over."""
+    flops: int = sdpa_flop_count(query, (*query[:-2], *key[-2:]), (*query[:-2], *value[-2:]))
+    return flops
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +138,7 @@ class _Tracer:
                 saved += storage.nbytes()
             return tensor
 
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:
             result = work()
         self.add(name, module, (float(counter.get_total_flops()), float(saved), saved > 0))
