@@ -143,7 +143,8 @@ def attention_with(attend: Callable[[Tensor, Tensor, Tensor], Tensor], width: in
     """Return a peer: project the mask to `width` features, to keys and values, rotate, attend."""
 
     def peer(inputs: Inputs) -> Call:
-        maps = _keys_and_values(inputs, width)
+        trains = inputs["key_vectors"].requires_grad
+        ready = None if trains else _keys_and_values(inputs, width)
         heads, _, dim = inputs["key_vectors"].shape
         query = inputs["query"]
         grid = (inputs["mask"].shape[2], inputs["mask"].shape[3])
@@ -151,7 +152,7 @@ def attention_with(attend: Callable[[Tensor, Tensor, Tensor], Tensor], width: in
         k_turn = _rotation(grid, inputs["extent"], dim, query)
 
         def call() -> Tensor:
-            embed, to_keys, to_values = maps
+            embed, to_keys, to_values = ready or _keys_and_values(inputs, width)
             tokens = inputs["mask"].flatten(2).transpose(1, 2) @ embed
             k, v = (
                 (tokens @ m).reshape(*tokens.shape[:2], heads, dim).transpose(1, 2)
