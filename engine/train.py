@@ -161,10 +161,11 @@ def _loop(
             saved = step
         if run.panel_every and (step % run.panel_every == 0 or step == last) and mesh.leader:
             _panel(stage, engine.model, monitor, step)
-    if saved != step:
+    if saved != step and step:  # before the first step the optimizer has no state to save
         save(run, stage, engine, folder, mesh, step)
     if step < last:
-        monitor.say(f"stopped by a signal after step {step}; saved {folder.path(step)}")
+        kept = f"saved {folder.path(step)}" if step else "nothing to save yet"
+        monitor.say(f"stopped by a signal after step {step}; {kept}")
     return step
 
 

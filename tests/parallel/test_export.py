@@ -42,7 +42,8 @@ def export_after(rank: int, layout: ParallelConfig, steps: int, path: Path) -> N
 def test_exported_weights_equal_those_of_one_process(
     tmp_path: Path, size: int, layout: dict[str, int]
 ) -> None:
-    for steps, tolerance in ((0, 0.0), (2, 1e-5)):
+    # Sums in another order reach the weights through Adam, which divides by small numbers.
+    for steps, tolerance in ((0, 0.0), (2, 5e-5)):
         one, many = tmp_path / f"one{steps}", tmp_path / f"many{steps}"
         ranks.run(1, export_after, ParallelConfig(), steps, one)
         ranks.run(size, export_after, ParallelConfig(**layout), steps, many)

@@ -114,6 +114,8 @@ def test_ten_kills_change_nothing(uncut: Path, tmp_path: Path) -> None:
 def test_sigterm_to_one_rank_stops_all_after_the_step(uncut: Path, tmp_path: Path) -> None:
     processes = ranks.launch(2, tmp_path, train_part, tmp_path, TP2, 6, {"save_every": 100})
     wait_for_progress(tmp_path, processes[0])
+    while not (tmp_path / "log.jsonl").stat().st_size and processes[0].is_alive():
+        time.sleep(0.02)  # until the first step is done
     assert processes[1].pid is not None
     for _ in range(2):
         os.kill(processes[1].pid, signal.SIGTERM)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from parallel.layout import ParallelConfig
 from tests.parallel import ranks
 from tests.parallel.small import TASKS, TEXT_ROWS, SmallStage, small_run
 
-STEPS = 4  # in every run of the tests; the slow ones do twenty
+STEPS = 3  # in every run of the tests; the slow ones do twenty
 Curve = list[tuple[dict[str, float], float]]
 
 
@@ -86,7 +85,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-QUICK = ("megatron", "tp2sp", "pp2", "dp2", "dp2plain", "cp2")
+QUICK = ("tp2sp", "pp2", "dp2", "dp2plain", "cp2")
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -133,8 +132,8 @@ def test_interleaving_refuses_micro_batches_of_several_sizes() -> None:
         run(2, ParallelConfig(pp=2, vpp=2), (4,), 1)
 
 
-def table_after(rank: int, layout: ParallelConfig) -> torch.Tensor:
-    """This rank's shard of the token table after a step of stage 2."""
+def table_after(rank: int, layout: ParallelConfig) -> list[float]:
+    """How far each row of this rank's shard of the token table moves in a step of stage 2."""
     from engine.run import derive_seed
     from engine.train import StepDataset, StepWork, build_engine, seed_everything
     from parallel.mesh import open_mesh
@@ -147,7 +146,8 @@ def table_after(rank: int, layout: ParallelConfig) -> torch.Tensor:
         data = StepDataset(run, SmallStage(2), mesh.data_rank, mesh.data_size)
         engine.step(0, data[0], StepWork(run, SmallStage(2), 0, mesh))
         after = [p.detach() for n, p in engine.model.named_parameters() if is_table(n)]
-    return (after[0] - before[0]).abs().amax(1)
+    moved: list[float] = (after[0] - before[0]).abs().amax(1).tolist()
+    return moved
 
 
 def is_table(name: str) -> bool:
@@ -157,6 +157,6 @@ def is_table(name: str) -> bool:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_frozen_rows_of_the_token_table_stay(tp: int) -> None:
     layout = ParallelConfig(tp=tp, trunk="auto" if tp == 1 else "megatron")
-    change = torch.cat(ranks.run(tp, table_after, layout))
-    assert float(change[:TEXT_ROWS].max()) == 0
-    assert float(change[TEXT_ROWS:].max()) > 0
+    moved = [row for shard in ranks.run(tp, table_after, layout) for row in shard]
+    assert max(moved[:TEXT_ROWS]) == 0
+    assert max(moved[TEXT_ROWS:]) > 0
