@@ -54,6 +54,16 @@ def _ours(kernel: Kernel, name: str) -> Callable[[Inputs], Any]:
     return make
 
 
+def _forced(kernel: Kernel, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the call with one implementation forced, in its backward too."""
+
+    def forced() -> Any:
+        with dispatch.force(**{kernel.name: name}):
+            return call()
+
+    return forced
+
+
 def with_backward(kernel: Kernel, make: Callable[[Inputs], Any], inputs: Inputs) -> Any:
     """Return a call of forward and backward over the trainable inputs, features frozen."""
     names = BACKWARD[kernel.name]
@@ -151,7 +161,8 @@ def run_case(
         checked[name] = (is_peer, error, good)
         if good:
             backward = direction == "forward+backward"
-            calls[name] = with_backward(kernel, make, inputs) if backward else make(inputs)
+            call = with_backward(kernel, make, inputs) if backward else make(inputs)
+            calls[name] = call if is_peer else _forced(kernel, name.removeprefix("ours "), call)
     grad_mode = torch.enable_grad() if direction == "forward+backward" else torch.no_grad()
     with grad_mode:
         timings = timer.measure(calls, device=device, repeats=repeats)
