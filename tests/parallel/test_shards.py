@@ -71,12 +71,12 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("size", "layout"),
     [
         (1, {"trunk": "megatron"}),
-        (2, {"tp": 2}),
-        (2, {"pp": 2}),
         (2, {"trunk": "megatron"}),
-        (4, {"tp": 2, "pp": 2}),
+        pytest.param(2, {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"pp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "pp": 2}, marks=pytest.mark.slow),
     ],
-    ids=["one", "tp2", "pp2", "dp2", "tp2pp2"],
+    ids=["one", "dp2", "tp2", "pp2", "tp2pp2"],
 )
 def test_another_layout_goes_on_as_if_nothing_had_happened(
     cut: Path, uncut: Path, tmp_path: Path, size: int, layout: dict[str, Any]
