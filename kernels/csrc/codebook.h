@@ -70,7 +70,8 @@ struct Backend {
   // the group's least bias, only where `quantised`.
   void (*screen)(const Codebook&, const Tokens&, int64_t first, int64_t last, int64_t group_first,
                  int64_t group_last, float* upper);
-  void (*scores)(const Codebook&, const float* token, int64_t group, float* out);
+  // Writes the fp32 scores of one group and returns the greatest.
+  float (*scores)(const Codebook&, const float* token, int64_t group, float* out);
   bool quantised;
 };
 

@@ -6,7 +6,7 @@
 //                plus (d + 8) 4u^2 (|x'| + |c'|)^2, the rounding of the fp64 distance itself, so that
 //                codes which tie in fp64 all reach the decision;
 //   int8 score:  |x'.c' - u.v| = |u.v - uq.vq| <= |u - uq| |v| + |uq| |v - vq|, u = x' t, v = c' / t.
-// A group survives when upper + margin >= the greatest (lower - margin).
+// A group survives when upper + margin reaches the exact best of the most promising group.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -27,7 +27,7 @@ namespace focus {
 namespace {
 
 constexpr int64_t kBoundsBytes = 6 << 20;  // bounds of one batch
-constexpr int64_t kTokensPerTask = 48;
+constexpr int64_t kTokensPerTask = 96;
 
 struct Finalist {
   float score;
@@ -107,6 +107,31 @@ struct Best {
   }
 };
 
+// The group with the greatest bound; `bias` may be null. Lanes keep the compiler's vectors full.
+int64_t argmax(const float* upper, const float* bias, int64_t count) {
+  float best[kLane];
+  std::fill_n(best, kLane, -std::numeric_limits<float>::infinity());
+  int64_t g = 0;
+  for (; g + kLane <= count; g += kLane)
+    for (int l = 0; l < kLane; l++) {
+      const float value = bias ? upper[g + l] + bias[g + l] : upper[g + l];
+      best[l] = value > best[l] ? value : best[l];
+    }
+  float top = *std::max_element(best, best + kLane);
+  for (; g < count; g++) top = std::max(top, upper[g] + (bias ? bias[g] : 0.0f));
+  for (g = 0; g < count; g++)
+    if (upper[g] + (bias ? bias[g] : 0.0f) >= top) return g;
+  return 0;
+}
+
+// Appends the codes of a scored group that reach `least`.
+void collect(const Codebook& book, int64_t group, const float* score, float least,
+             std::vector<Finalist>& finalists) {
+  for (int j = 0; j < kGroup; j++)
+    if (score[j] >= least && book.order[group * kGroup + j] >= 0)
+      finalists.push_back({score[j], book.order[group * kGroup + j]});
+}
+
 // Scores the surviving groups in fp32, the finalists in fp64.
 Best decide(const Codebook& book, const Backend& backend, const Tokens& tokens, int64_t t,
             const float* x, const float* upper, std::vector<Finalist>& finalists) {
@@ -115,24 +140,21 @@ Best decide(const Codebook& book, const Backend& backend, const Tokens& tokens, 
     for (int64_t k = 0; k < book.num_codes; k++) best.offer(exact_distance(book, x, k), k);
     return best;
   }
-  const bool shift = backend.quantised;
-  float lower = -std::numeric_limits<float>::infinity();
-  for (int64_t g = 0; g < book.num_groups; g++)
-    lower = std::max(lower, upper[g] + (shift ? book.bias_low[g] : 0.0f));
-  lower -= 2.0f * tokens.margin[t];
-  float top = -std::numeric_limits<float>::infinity();
+  // The most promising group first: its exact best is a lower bound that needs no margin.
+  const float* bias = backend.quantised ? book.bias_high.get() : nullptr;
+  const float* centred = tokens.centred.get() + t * book.dim;
   const float fine = 2.0f * tokens.fine_margin[t];
-  finalists.clear();
   alignas(64) float score[kGroup];
+  finalists.clear();
+  const int64_t promising = argmax(upper, bias, book.num_groups);
+  float top = backend.scores(book, centred, promising, score);
+  collect(book, promising, score, top - fine, finalists);
+  const float slack = tokens.margin[t] + tokens.fine_margin[t];
   for (int64_t g = 0; g < book.num_groups; g++) {
-    if (upper[g] + (shift ? book.bias_high[g] : 0.0f) < lower) continue;
-    backend.scores(book, tokens.centred.get() + t * book.dim, g, score);
-    const float group_top = *std::max_element(score, score + kGroup);
+    if (upper[g] + (bias ? bias[g] : 0.0f) + slack < top || g == promising) continue;
+    const float group_top = backend.scores(book, centred, g, score);
     top = std::max(top, group_top);
-    if (group_top < top - fine) continue;
-    for (int j = 0; j < kGroup; j++)
-      if (score[j] >= top - fine && book.order[g * kGroup + j] >= 0)
-        finalists.push_back({score[j], book.order[g * kGroup + j]});
+    if (group_top >= top - fine) collect(book, g, score, top - fine, finalists);
   }
   for (const Finalist& f : finalists)
     if (f.score >= top - fine) best.offer(exact_distance(book, x, f.code), f.code);

@@ -52,8 +52,9 @@ void screen(const Codebook& book, const Tokens& tokens, int64_t first, int64_t l
     }
 }
 
-void scores(const Codebook& book, const float* token, int64_t group, float* out) {
+float scores(const Codebook& book, const float* token, int64_t group, float* out) {
   const int dim = book.dim;
+  __m256 best = _mm256_set1_ps(-3e38f);
   for (int64_t c = group * kGroup; c < (group + 1) * kGroup; c += kLane, out += kLane) {
     const float* block = book.block.get() + c * dim;
     __m256 lo = _mm256_load_ps(book.bias.get() + c), hi = _mm256_load_ps(book.bias.get() + c + 8);
@@ -64,7 +65,9 @@ void scores(const Codebook& book, const float* token, int64_t group, float* out)
     }
     _mm256_storeu_ps(out, lo);
     _mm256_storeu_ps(out + 8, hi);
+    best = _mm256_max_ps(best, _mm256_max_ps(lo, hi));
   }
+  return reduce_max(best);
 }
 
 }  // namespace

@@ -48,8 +48,9 @@ void screen_float(const Codebook& book, const Tokens& tokens, int64_t first, int
     }
 }
 
-void scores(const Codebook& book, const float* token, int64_t group, float* out) {
+float scores(const Codebook& book, const float* token, int64_t group, float* out) {
   const int dim = book.dim;
+  __m512 best = _mm512_set1_ps(-3e38f);
   for (int64_t c = group * kGroup; c < (group + 1) * kGroup; c += 4 * kLane, out += 4 * kLane) {
     const float* block = book.block.get() + c * dim;
     const float* bias = book.bias.get() + c;
@@ -61,7 +62,10 @@ void scores(const Codebook& book, const float* token, int64_t group, float* out)
         sum[b] = _mm512_fmadd_ps(v, _mm512_load_ps(block + (b * dim + i) * kLane), sum[b]);
     }
     for (int b = 0; b < 4; b++) _mm512_storeu_ps(out + b * kLane, sum[b]);
+    best = _mm512_max_ps(best, _mm512_max_ps(_mm512_max_ps(sum[0], sum[1]),
+                                             _mm512_max_ps(sum[2], sum[3])));
   }
+  return _mm512_reduce_max_ps(best);
 }
 
 // QUADS > 0 fixes the loop length (d = 4 QUADS) so that it unrolls; 0 reads it from the book.

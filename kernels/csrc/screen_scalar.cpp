@@ -6,9 +6,10 @@
 namespace focus {
 namespace {
 
-void scores(const Codebook& book, const float* token, int64_t group, float* out) {
+float scores(const Codebook& book, const float* token, int64_t group, float* out) {
   const float* block = book.block.get() + group * kGroup * book.dim;
   const float* bias = book.bias.get() + group * kGroup;
+  const float* first = out;
   for (int b = 0; b < kGroup / kLane; b++, block += book.dim * kLane, bias += kLane, out += kLane) {
     float sum[kLane];
     for (int l = 0; l < kLane; l++) sum[l] = bias[l];
@@ -16,6 +17,7 @@ void scores(const Codebook& book, const float* token, int64_t group, float* out)
       for (int l = 0; l < kLane; l++) sum[l] += token[i] * block[i * kLane + l];
     for (int l = 0; l < kLane; l++) out[l] = sum[l];
   }
+  return *std::max_element(first, first + kGroup);
 }
 
 void screen(const Codebook& book, const Tokens& tokens, int64_t first, int64_t last,
@@ -23,8 +25,8 @@ void screen(const Codebook& book, const Tokens& tokens, int64_t first, int64_t l
   float group[kGroup];
   for (int64_t g = group_first; g < group_last; g++)
     for (int64_t t = first; t < last; t++) {
-      scores(book, tokens.centred.get() + t * book.dim, g, group);
-      upper[t * book.num_groups + g] = *std::max_element(group, group + kGroup);
+      upper[t * book.num_groups + g] =
+          scores(book, tokens.centred.get() + t * book.dim, g, group);
     }
 }
 

@@ -115,9 +115,11 @@ def collect(
         try:
             rank, error, answer = results.get(timeout=0.2)
         except queue.Empty:
-            dead = [i for i, p in enumerate(processes) if p.exitcode not in (None, 0)]
+            dead = {i: p.exitcode for i, p in enumerate(processes) if p.exitcode not in (None, 0)}
             if dead or time.monotonic() > end:
-                raise AssertionError(f"ranks {dead} died or {seconds} s passed") from None
+                raise AssertionError(
+                    f"ranks died with codes {dead}, or {seconds} s passed"
+                ) from None
             continue
         if error is not None:
             raise AssertionError(f"rank {rank} failed:\n{error}")
