@@ -336,7 +336,7 @@ def focus_tiny() -> FocusConfig:
     return FocusConfig(
         name="focus_tiny",
         vanilla=VanillaConfig(
-            image_size=(56, 56), patch_size=7, depth=4, dim=128, num_heads=4, out_dim=192
+            image_size=(112, 112), patch_size=7, depth=4, dim=128, num_heads=4, out_dim=192
         ),
         hierarchical=HierarchicalConfig(
             image_size=(128, 128), depths=(2, 2, 4, 2), dims=(32, 64, 128, 192)
