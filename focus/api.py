@@ -163,11 +163,28 @@ class Focus:
         bucket = None if size is None else match_bucket(*size, buckets_for(self.config))
         return PILImage.fromarray(self.generate_batch([request], steps, bucket)[0])
 
-    def chat(self, image: Picture, text: str, seed: int = 0) -> str:
-        """Answer a question about a picture."""
+    def chat(
+        self,
+        image: Picture,
+        text: str,
+        history: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+    ) -> str:
+        """Answer a question about a picture; `history`: the (question, answer) pairs before it."""
         if not text.strip():
             raise RequestError("a question expected, got an empty text")
-        request = Request(task="vqa", text=text, image=read_pixels(image), seed=seed)
+        pixels = read_pixels(image)
+        if not history:
+            return self.chat_batch([Request(task="vqa", text=text, image=pixels, seed=seed)])[0]
+        (first, answer), *later = history
+        request = Request(
+            task="vqa",
+            text=first,
+            answer=answer,
+            turns=(*later, (text, "")),
+            image=pixels,
+            seed=seed,
+        )
         return self.chat_batch([request])[0]
 
     # -- clips ------------------------------------------------------------------------------------

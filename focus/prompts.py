@@ -60,6 +60,8 @@ class RecordLike(Protocol):
     def regions(self) -> Sized: ...  # noqa: D102
     @property
     def image(self) -> object | None: ...  # noqa: D102
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class Prompt:
     classes: tuple[str, ...] = ()
     num_regions: int = 0
     image: bool = True
+    turns: tuple[tuple[str, str], ...] = ()  # further (question, answer) pairs of a dialogue
 
     @classmethod
     def of(cls, record: RecordLike) -> Prompt:
@@ -83,6 +86,7 @@ class Prompt:
             classes=tuple(record.classes),
             num_regions=len(record.regions),
             image=record.image is not None,
+            turns=record.turns,
         )
 
     def unconditional(self) -> Prompt:
@@ -115,8 +119,9 @@ def build(
     codes: semantic and pixel codes of the picture to write, row-major grids; without them the
         positions hold code 0 until `focus.sequence.fill_codes`.
     system: the system message, None for none; default: the vocabulary's.
-    until: where to stop. "answer": before the assistant's first word. "masks": after its words and
-        mask queries, where a picture to write begins. "end": nothing is left out.
+    until: where to stop. "answer": before the assistant's first word (of the last turn of a
+        dialogue). "masks": after its words and mask queries, where a picture to write begins.
+        "end": nothing is left out.
 
     Raises:
         PromptError: an unknown task, or text, classes and regions that do not fit the task.
@@ -125,7 +130,9 @@ def build(
     _check(prompt)
     bucket_in, bucket_out = bucket_in or bucket_of(config), bucket_out or bucket_of(config)
     pieces = list(_user(prompt, vocabulary, config, bucket_in, system))
-    if until != "answer":
+    if prompt.turns:
+        pieces += _dialogue(prompt, vocabulary, until)
+    elif until != "answer":
         pieces += _answer(prompt, vocabulary, config)
     if until == "end":
         if prompt.task in DRAWING:
@@ -152,8 +159,29 @@ def training_texts(repeat: int = 1) -> list[str]:
     return texts * repeat
 
 
+def _dialogue(prompt: Prompt, vocabulary: Vocabulary, until: Until) -> Iterator[Piece]:
+    """Every answer, each but the first after its question; all of them are learnt."""
+    break_ = vocabulary.encode("\n")
+    start, end = [vocabulary.im_start], [vocabulary.eos_id]
+    answers = [prompt.answer, *(answer for _, answer in prompt.turns)]
+    for number, answer in enumerate(answers):
+        if number:
+            asked = vocabulary.encode(prompt.turns[number - 1][0])
+            user, assistant = (
+                start + vocabulary.encode(role) + break_ for role in ("user", "assistant")
+            )
+            yield Piece.of(break_ + user + asked + end + break_ + assistant)
+        if until == "answer" and number == len(prompt.turns):
+            return
+        yield Piece.of(vocabulary.encode(answer), learn=True)
+        if number < len(prompt.turns):
+            yield Piece.of(end, learn=True)
+
+
 def _check(prompt: Prompt) -> None:
     task = prompt.task
+    if prompt.turns and task != "vqa":
+        raise PromptError(f"turns of a dialogue are for task 'vqa', got task {task!r}")
     if task not in TASKS:
         raise PromptError(f"a task of {', '.join(TASKS)} expected, got {task!r}")
     if prompt.image == (task == "generation") and task != "vqa":

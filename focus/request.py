@@ -20,11 +20,15 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request, as `focus.inputs.Sample` wants it. `size` is the user's own picture size."""
+    """One request, as `focus.inputs.Sample` wants it. `size` is the user's own picture size.
+
+    turns: further (question, answer) pairs of a dialogue; the last answer is the one to write.
+    """
 
     task: str
     text: str = ""
     answer: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
     classes: tuple[str, ...] = ()
     image: Pixels | None = None
     regions: tuple[Bitmap, ...] = ()

@@ -334,9 +334,11 @@ def make_record(
         raise BadSample("bad_mask", "a region lies outside the crop")
     kept = [(mask, label) for mask, label in zip(masks[:count], labels, strict=True) if mask.any()]
     text, answer = texts
+    turns: tuple[tuple[str, str], ...] = ()
     if not text and says.get("turns"):
         said = [words for role, words in _turns(encoded) if role != "system"]
         text, answer = said[0], said[1] if len(said) > 1 else ""
+        turns = tuple(zip(said[2::2], said[3::2], strict=False))  # a last question has no answer
     return Record(
         id=encoded.key,
         task=says["task"],
@@ -349,5 +351,6 @@ def make_record(
         regions=tuple(regions),
         region_kinds=tuple(says.get("region_kinds", ())),
         target=None if target is None else target.frame,
+        turns=turns,
         kind=str(says.get("kind", "")),
     )

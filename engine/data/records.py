@@ -54,6 +54,7 @@ class Record:
         changes.
     regions, region_kinds: prompt regions as binary masks and how the user gave each.
     target: the picture to produce (generation, editing).
+    turns: further (question, answer) pairs of a dialogue that begins with text and answer.
     """
 
     id: str
@@ -67,4 +68,5 @@ class Record:
     regions: tuple[Mask, ...] = ()
     region_kinds: tuple[RegionKind, ...] = ()
     target: Image | None = None
+    turns: tuple[tuple[str, str], ...] = ()
     kind: str = ""  # finer kind for reports: "left_of", "recolour", "count", ...

@@ -267,17 +267,7 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, str, str
     unseen = split == "test_unseen"
     kinds = {k: w for k, w in VQA.items() if not (unseen and k.startswith("background"))}
     kind = pick(rng, kinds)
-    make: dict[str, Callable[[Scene, int], Asked | None]] = {
-        **dict.fromkeys(("colour", "shape", "size"), lambda s, i: _attribute(rng, s, i, kind)),
-        **dict.fromkeys(("which", "between"), lambda s, i: _which(rng, s, i, kind)),
-        "count": lambda s, i: _count(rng, s, i, unseen),
-        "exists": lambda s, i: _exists(rng, s, i, split),
-        "relation": lambda s, i: _relation(rng, s, i),
-        "place": lambda s, i: _place(rng, s, i),
-        "background_colour": lambda s, i: _backdrop(rng, s, kind),
-        "background_pattern": lambda s, i: _backdrop(rng, s, kind),
-        "describe": lambda s, i: (_ask(rng, kind), caption(rng, s)),
-    }
+    make = _maker(rng, split, kind)
     while True:
         max_num = 3 if kind == "describe" else 6
         num = int(rng.integers(3, 7)) if kind == "between" else None
@@ -287,6 +277,40 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, str, str
             anchored=kind in ("describe", "place"),
         )  # fmt: skip
         for i in askable(rng, scene, split):
-            asked = make[kind](scene, i)
+            asked = make(scene, i)
             if asked is not None:
                 return kind, scene, *asked
+
+
+def further_questions(
+    rng: np.random.Generator, scene: Scene, split: str, num: int, first: str
+) -> tuple[Asked, ...]:
+    """Up to `num` further questions about a scene, none of them asked twice or equal to `first`."""
+    found: dict[str, str] = {}
+    for _ in range(num):
+        kind = pick(rng, {k: w for k, w in VQA.items() if k not in FREE_KINDS})
+        make = _maker(rng, split, kind)
+        for i in askable(rng, scene, split)[:3]:
+            asked = make(scene, i)
+            if asked is not None and asked[0] != first:
+                found.setdefault(*asked)
+                break
+    return tuple(found.items())
+
+
+def _maker(
+    rng: np.random.Generator, split: str, kind: str
+) -> Callable[[Scene, int], Asked | None]:
+    """What asks a question of a kind about one object of a scene; None where it cannot."""
+    makers: dict[str, Callable[[Scene, int], Asked | None]] = {
+        **dict.fromkeys(("colour", "shape", "size"), lambda s, i: _attribute(rng, s, i, kind)),
+        **dict.fromkeys(("which", "between"), lambda s, i: _which(rng, s, i, kind)),
+        "count": lambda s, i: _count(rng, s, i, split == "test_unseen"),
+        "exists": lambda s, i: _exists(rng, s, i, split),
+        "relation": lambda s, i: _relation(rng, s, i),
+        "place": lambda s, i: _place(rng, s, i),
+        "background_colour": lambda s, i: _backdrop(rng, s, kind),
+        "background_pattern": lambda s, i: _backdrop(rng, s, kind),
+        "describe": lambda s, i: (_ask(rng, kind), caption(rng, s)),
+    }
+    return makers[kind]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.data.records import REGION_KINDS, TASKS, Mask, Record, RegionKind, Task
-from engine.data.scene_answer import question
+from engine.data.scene_answer import further_questions, question
 from engine.data.scene_draw import render
 from engine.data.scene_edit import editing
 from engine.data.scene_expression import askable, reasoning, referring
@@ -28,6 +28,7 @@ from engine.data.scene_region import region_prompt
 from engine.data.scene_text import caption, name, names
 
 MAX_DRAWN = 4  # objects in a picture to generate
+MAX_TURNS = 5  # further questions of a training dialogue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Draft:
     changed: int | None = None
     regions: tuple[int, ...] = ()
     region_kinds: tuple[RegionKind, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def _class(rng: np.random.Generator, split: str) -> Draft:
@@ -124,8 +126,12 @@ def _editing(rng: np.random.Generator, split: str) -> Draft:
 
 
 def _vqa(rng: np.random.Generator, split: str) -> Draft:
+    """One question; in training several more about the same picture, as a dialogue."""
     kind, scene, text, answer = question(rng, split)
-    return Draft(kind=kind, scene=scene, text=text, answer=answer)
+    turns: tuple[tuple[str, str], ...] = ()
+    if split == "train":
+        turns = further_questions(rng, scene, split, MAX_TURNS, text)
+    return Draft(kind=kind, scene=scene, text=text, answer=answer, turns=turns)
 
 
 _DRAFTS = {
@@ -188,6 +194,7 @@ def sample(
         regions=tuple(regions),
         region_kinds=plan.region_kinds,
         target=target,
+        turns=plan.turns,
         kind=plan.kind,
     )
 
