@@ -42,8 +42,9 @@ class Step:
 class MultimodalStage(Stage):
     """Base of warm-up, pretraining and instruction tuning.
 
-    `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight, and
-    tasks_per_step: so many of the run's micro-batches a step, in turn (default: all of them).
+    `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
+    target_repeats (see `repeat_targets`), and tasks_per_step: so many of the run's micro-batches a
+    step, in turn (default: all of them).
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,8 @@ class MultimodalStage(Stage):
         terms = self.language_terms(model, done)
         if done.prediction is not None:
             weight = float(self.run.extra.get("segment_weight", 1.0))
-            found = segmentation_terms(model, done)
+            repeats = int(self.run.extra.get("target_repeats", 1))
+            found = segmentation_terms(model, done, repeats)
             terms.update({name: weight * value for name, value in found.items()})
         return {f"{batch.task}/{name}": value for name, value in terms.items()}
 
@@ -159,18 +161,35 @@ def forward(model: FocusModel, batch: Batch, *, segment: bool) -> Step:
     return Step(batch=batch, codes=codes, hidden=hidden, features=features, prediction=prediction)
 
 
-def segmentation_terms(model: FocusModel, done: Step) -> dict[str, Tensor]:
-    """Return the weighted score, BCE and Dice terms (facts section 8)."""
+def repeat_targets(masks: Tensor, labels: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Repeat the targets [B, N, H, W] and labels [B, N] of a row, so that several queries match each.
+
+    One-to-many matching (H-DETR, arXiv:2207.13080). Where an expression has one target, matching a
+    single query rewards hedging: some query on each object, and only the score to tell them apart.
+    """
+    return masks.repeat(1, times, 1, 1), labels.repeat(1, times)
+
+
+def segmentation_terms(model: FocusModel, done: Step, repeats: int = 1) -> dict[str, Tensor]:
+    """Return the weighted score, BCE and Dice terms (facts section 8).
+
+    repeats: how many queries may match one target of an expression or a region; class-based
+    segmentation has to keep its instances apart and always matches one.
+    """
     batch = done.batch
     assert done.prediction is not None
     assert batch.masks is not None and batch.mask_labels is not None
     assert batch.num_conditions is not None
+    kind = CONDITION_KINDS[batch.task]
+    fit = model.config.segment.num_queries // batch.mask_labels.shape[1]
+    times = 1 if kind == "class" else max(1, min(repeats, fit))
+    masks, labels = repeat_targets(batch.masks, batch.mask_labels, times)
     return segmentation_losses(
         done.prediction,
-        batch.masks,
-        batch.mask_labels,
+        masks,
+        labels,
         batch.num_conditions,
-        CONDITION_KINDS[batch.task],
+        kind,
         num_points=model.config.segment.num_points,
     )
 
