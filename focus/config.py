@@ -390,6 +390,7 @@ def focus_tiny() -> FocusConfig:
             vae=VAEConfig(
                 channels=(16, 32, 64), layers_per_block=1, norm_groups=2, scaling_factor=1.0
             ),
+            prediction="v_prediction",  # noise alone says nothing of the colour at high noise
             num_sizes=1,
         ),
     )

@@ -298,9 +298,7 @@ def further_questions(
     return tuple(found.items())
 
 
-def _maker(
-    rng: np.random.Generator, split: str, kind: str
-) -> Callable[[Scene, int], Asked | None]:
+def _maker(rng: np.random.Generator, split: str, kind: str) -> Callable[[Scene, int], Asked | None]:
     """What asks a question of a kind about one object of a scene; None where it cannot."""
     makers: dict[str, Callable[[Scene, int], Asked | None]] = {
         **dict.fromkeys(("colour", "shape", "size"), lambda s, i: _attribute(rng, s, i, kind)),

@@ -28,7 +28,7 @@ from engine.data.scene_region import region_prompt
 from engine.data.scene_text import caption, name, names
 
 MAX_DRAWN = 4  # objects in a picture to generate
-MAX_TURNS = 5  # further questions of a training dialogue
+MAX_TURNS = 10  # further questions of a training dialogue
 
 
 @dataclass(frozen=True, kw_only=True)

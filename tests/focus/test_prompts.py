@@ -63,7 +63,7 @@ def write(sequence: Sequence, vocabulary: Vocabulary) -> list[str]:
 
 
 def block(kinds: tuple[str, str]) -> list[str]:
-    rows = [[f"{kinds[0]}*4", "<end_of_line>"] * 4, [f"{kinds[1]}*8", "<end_of_line>"] * 8]
+    rows = [[f"{kinds[0]}*8", "<end_of_line>"] * 8, [f"{kinds[1]}*8", "<end_of_line>"] * 8]
     return [
         "<height_64>",
         "<width_64>",
@@ -93,6 +93,22 @@ def test_editing_is_laid_out_as_the_paper_orders_it(vocabulary):
         *block(("CODE0", "CODE1")),
         "<|im_end|>",
     ]
+
+
+def test_dialogues_learn_every_answer_and_nothing_else(vocabulary):
+    turns = (("is it red?", "yes"), ("how many hearts?", "2"))
+    dialogue = Prompt(task="vqa", text="what is it?", answer="heart", turns=turns)
+    whole = build(dialogue, vocabulary, CONFIG)
+    taught = whole.labels[whole.labels != IGNORE].tolist()
+    answers = [[*vocabulary.encode(a), vocabulary.eos_id] for a in ("heart", "yes", "2")]
+    assert taught == sum(answers, [])
+    single = build(dataclasses.replace(dialogue, turns=()), vocabulary, CONFIG)
+    np.testing.assert_array_equal(whole.input_ids[: len(single)], single.input_ids)
+    asked = build(dialogue, vocabulary, CONFIG, until="answer")
+    np.testing.assert_array_equal(whole.input_ids[: len(asked)], asked.input_ids)
+    assert len(asked) == len(whole) - len(answers[-1])
+    with pytest.raises(PromptError, match="turns of a dialogue are for task 'vqa'"):
+        build(dataclasses.replace(SAMPLES["referring"], turns=turns), vocabulary, CONFIG)
 
 
 def test_instructions_are_the_papers():
@@ -213,9 +229,9 @@ def test_every_bucket_has_the_block_of_the_papers_layout(vocabulary, bucket):
 
 def test_collate_pads_on_the_right(vocabulary):
     rows = [build(SAMPLES[t], vocabulary, CONFIG) for t in ("vqa", "editing", "class")]
-    batch = Batch(task="vqa", **collate(rows, pad_id=vocabulary.pad_id, length=300))
-    assert batch.input_ids.shape == (3, 300)
-    assert batch.grid.shape == (3, 300, 3)
+    batch = Batch(task="vqa", **collate(rows, pad_id=vocabulary.pad_id, length=400))
+    assert batch.input_ids.shape == (3, 400)
+    assert batch.grid.shape == (3, 400, 3)
     assert batch.lengths.tolist() == [len(r) for r in rows]
     assert batch.num_conditions.tolist() == [0, 1, 2]
     assert batch.num_regions.tolist() == [0, 1, 0]
@@ -248,7 +264,7 @@ def test_fill_codes_equals_building_with_codes(vocabulary):
     assert torch.equal(filled.input_ids, expected["input_ids"])
     assert torch.equal(filled.labels, expected["labels"])
     assert not torch.equal(filled.input_ids, blank.input_ids)
-    with pytest.raises(ShapeError, match=r"level 0 codes \[2, 4, 4\] expected, got \(2, 3, 4\)"):
+    with pytest.raises(ShapeError, match=r"level 0 codes \[2, 8, 8\] expected, got \(2, 7, 8\)"):
         fill_codes(blank, Codes(semantic=semantic[:, 1:], pixel=pixel), vocabulary)
 
 
@@ -281,8 +297,8 @@ def test_samples_that_fit_no_prompt_are_refused(vocabulary, changes, message):
 
 
 def test_codes_of_the_wrong_picture_are_refused(vocabulary):
-    semantic, pixel = np.zeros((4, 4), np.int64), np.full((8, 8), 1024)
+    semantic, pixel = np.zeros((8, 8), np.int64), np.full((8, 8), 1024)
     with pytest.raises(PromptError, match="level 1 codes below 1024 expected"):
         build(SAMPLES["generation"], vocabulary, CONFIG, codes=(semantic, pixel))
-    with pytest.raises(PromptError, match=r"level 0 codes of \(4, 4\) expected, got \(3, 4\)"):
+    with pytest.raises(PromptError, match=r"level 0 codes of \(8, 8\) expected, got \(7, 8\)"):
         build(SAMPLES["generation"], vocabulary, CONFIG, codes=(semantic[1:], pixel))
