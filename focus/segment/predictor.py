@@ -113,6 +113,20 @@ class SegmentationPredictor(nn.Module):
         Raises `SegmentError` on a wrong number of scales or queries or an unknown kind.
         """
         self._check(features, mask_states, condition_states, kind)
+        masks, states = self.decode(features, mask_states)
+        scores = self.scores(states, condition_states, kind)
+        predictions = list(zip(masks, scores, strict=True))
+        return Prediction(
+            masks=predictions[-1][0],
+            scores=predictions[-1][1],
+            embeddings=self.embedding(states[-1]),
+            auxiliary=predictions[:-1],
+        )
+
+    def decode(
+        self, features: Sequence[Tensor], mask_states: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return mask logits [B, N, h, w] and query states [B, N, D] of every prediction set."""
         mask_features, levels = self._decode_pixels(features)
         batch = mask_states.shape[0]
         memory, positions = self._memory(levels)
@@ -129,17 +143,16 @@ class SegmentationPredictor(nn.Module):
             output_attentions=False,
             return_dict=True,
         )
-        candidates = self._candidates(condition_states, kind)
         states = [state.transpose(0, 1) for state in decoded.intermediate_hidden_states]
+        return list(decoded.masks_queries_logits), states
+
+    def scores(
+        self, states: Sequence[Tensor], condition_states: Tensor, kind: Kind
+    ) -> list[Tensor]:
+        """Score the queries of each set against the candidates: [B, N, K] (class: K + 1)."""
+        candidates = self._candidates(condition_states, kind)
         score = self.score[MODULE_NAMES[kind]]
-        scores = [score(state) @ candidates.transpose(1, 2) for state in states]
-        predictions = list(zip(decoded.masks_queries_logits, scores, strict=True))
-        return Prediction(
-            masks=predictions[-1][0],
-            scores=predictions[-1][1],
-            embeddings=self.embedding(states[-1]),
-            auxiliary=predictions[:-1],
-        )
+        return [score(state) @ candidates.transpose(1, 2) for state in states]
 
     def _decode_pixels(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         dtype = self.pixel_decoder.level_embed.dtype
