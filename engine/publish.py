@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.data.words import tiny_vocabulary
-from engine.run import Run
+from engine.run import RunError
 from engine.stages.stage import find_weights, load_initial
 from focus.api import Focus
 from focus.config import CONFIGS
@@ -64,18 +65,51 @@ def publish(checkpoint: str, out: Path, *, config: str = "focus_tiny") -> Focus:
     return focus
 
 
-def card(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run], parameters: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run's newest checkpoint says of its training: steps done and samples per step."""
+
+    name: str
+    steps: int
+    micro_batches: tuple[tuple[str, int], ...]
+    tasks_per_step: int  # so many of the micro-batches a step, in turn
+
+    @property
+    def samples(self) -> int:
+        """Samples seen in all."""
+        cycle, count = self.micro_batches, self.steps * self.tasks_per_step
+        return sum(cycle[i % len(cycle)][1] for i in range(count))
+
+
+def read_trained(folder: Path) -> Trained:
+    """Read the newest checkpoint of a run's folder; raises `RunError` when there is none."""
+    checkpoints = folder / "checkpoints"
+    if not (checkpoints / "latest").is_file():
+        raise RunError(f"a run's folder with checkpoints expected, got {folder}")
+    newest = checkpoints / (checkpoints / "latest").read_text().strip()
+    state = json.loads((newest / "state.json").read_text())
+    run = state["run"]
+    mixture = tuple((str(task), int(size)) for task, size in run["micro_batches"])
+    return Trained(
+        name=str(run["name"]),
+        steps=int(state["step"]),
+        micro_batches=mixture,
+        tasks_per_step=int(run["extra"].get("tasks_per_step", len(mixture))),
+    )
+
+
+def card(figures: Sequence[Mapping[str, Any]], trained: Sequence[Trained], parameters: int) -> str:
     """Return the model card: what it is, how it was trained, what it was measured to do."""
     head = "| measure | " + " | ".join(f"{f['split']} (seed {f['seed']})" for f in figures) + " |"
     lines = [head, "|---|" + "---|" * len(figures)]
     for key, told in MEASURES:
         cells = [_cell(f, key) for f in figures]
         lines.append(f"| {told} | " + " | ".join(cells) + " |")
-    trained = [
-        f"| `{run.name}` | {run.steps} | "
+    rows = [
+        f"| `{run.name}` | {run.steps} | {run.samples:,} | "
         + ", ".join(f"{task} {size}" for task, size in run.micro_batches)
         + " |"
-        for run in runs
+        for run in trained
     ]
     commands = [
         f"focus evaluate focus-tiny --split {f['split']} --seed {f['seed']} --num {f['num']}"
@@ -83,7 +117,7 @@ def card(figures: Sequence[Mapping[str, Any]], runs: Sequence[Run], parameters: 
     ]
     return TEMPLATE.format(
         parameters=f"{parameters / 1e6:.1f} M",
-        trained="\n".join(trained),
+        trained="\n".join(rows),
         figures="\n".join(lines),
         commands="\n".join(commands),
     )
@@ -111,10 +145,12 @@ it knows no photographs.
 
 ## Training
 
-`make train-tiny`, in this order (steps, and samples of each task per step):
+What these weights saw, in this order, from the checkpoints of the runs (`make train-tiny` runs the
+same stages from nothing). A run that stands here twice was continued from the weights before it,
+with new rates or another mixture; runs that train disjoint parts ran side by side.
 
-| run | steps | per step |
-|---|---|---|
+| run | steps | samples | mixture (task and samples, in turn) |
+|---|---|---|---|
 {trained}
 
 Stage 0 stands in for the public checkpoints that the full-scale model starts from. Everything else
