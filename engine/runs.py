@@ -164,16 +164,24 @@ def focus_tiny_stage3() -> Run:
             ("referring", 14),
             ("class", 8),
             ("generation", 12),
+            ("vqa", 14),
             ("interactive", 12),
             ("editing", 10),
+            ("referring", 14),
         ),
-        rates=_rates(1e-3, LANGUAGE, PROJECTORS) | _rates(5e-4, MASK_DECODER),
+        rates=_rates(2e-3, ("trunk.*",))
+        | _rates(1e-3, ("front.token_embedding.*",), PROJECTORS, MASK_DECODER),
         warmup=100,
         precision="bf16",
         init_from="focus_tiny_stage2",
         save_every=100,
         panel_every=300,
-        extra={"tasks_per_step": 2, "segment_weight": 0.2, "edit_token_weight": 3.0},
+        extra={
+            "tasks_per_step": 2,
+            "segment_weight": 0.3,
+            "target_repeats": 6,
+            "edit_token_weight": 3.0,
+        },
     )
 
 
@@ -206,7 +214,8 @@ def focus_tiny_stage4() -> Run:
         panel_every=250,
         extra={
             "tasks_per_step": 2,
-            "segment_weight": 0.2,
+            "segment_weight": 0.3,
+            "target_repeats": 6,
             "edit_token_weight": 3.0,
             "true_mask": 0.5,
         },
