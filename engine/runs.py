@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.run import Run, RunError
+from engine.runs_cluster import CLUSTER_RUNS
 
 Mixture = tuple[tuple[str, int], ...]
 
@@ -181,6 +182,7 @@ def focus_tiny_stage3() -> Run:
             "segment_weight": 0.3,
             "target_repeats": 6,
             "edit_token_weight": 3.0,
+            "drop_text": 0.1,
         },
     )
 
@@ -217,6 +219,7 @@ def focus_tiny_stage4() -> Run:
             "segment_weight": 0.3,
             "target_repeats": 6,
             "edit_token_weight": 3.0,
+            "drop_text": 0.1,
             "true_mask": 0.5,
         },
     )
@@ -232,7 +235,7 @@ TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
     focus_tiny_stage3,
     focus_tiny_stage4,
 )
-RUNS: dict[str, Callable[[], Run]] = {run.__name__: run for run in TINY_SEQUENCE}
+RUNS: dict[str, Callable[[], Run]] = {run.__name__: run for run in TINY_SEQUENCE} | CLUSTER_RUNS
 
 
 def find_run(name: str) -> Run:

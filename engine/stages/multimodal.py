@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.data.records import Record
 from engine.data.source import config_of, draw_records
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
@@ -43,8 +44,8 @@ class MultimodalStage(Stage):
     """Base of warm-up, pretraining and instruction tuning.
 
     `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
-    target_repeats (see `repeat_targets`), and tasks_per_step: so many of the run's micro-batches a
-    step, in turn (default: all of them).
+    target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), and tasks_per_step: so many
+    of the run's micro-batches a step, in turn (default: all of them).
     """
 
     def __init__(self) -> None:
@@ -69,6 +70,7 @@ class MultimodalStage(Stage):
         config = config_of(run)
         records = draw_records(run, step, micro)
         seed = micro.seed(run, step)
+        records = drop_texts(records, float(run.extra.get("drop_text", 0.0)), seed)
         return collate(records, config, tiny_vocabulary(config), seed=seed)
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -145,6 +147,15 @@ class MultimodalStage(Stage):
             guess = best_mask(done.prediction)[:6]
             rows += [tint(shown, truth), tint(shown, resize_masks(guess, shown.shape[-2:]))]
         return tile(rows) if rows else None
+
+
+def drop_texts(records: list[Record], chance: float, seed: int) -> list[Record]:
+    """Empty the description of some pictures to draw, which guidance takes as its other branch."""
+    lots = np.random.default_rng(seed).random(len(records))
+    return [
+        replace(record, text="") if record.task == "generation" and lot < chance else record
+        for record, lot in zip(records, lots, strict=True)
+    ]
 
 
 def forward(model: FocusModel, batch: Batch, *, segment: bool) -> Step:
