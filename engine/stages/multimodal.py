@@ -173,7 +173,7 @@ def forward(model: FocusModel, batch: Batch, *, segment: bool) -> Step:
 
 
 def repeat_targets(masks: Tensor, labels: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    """Repeat the targets [B, N, H, W] and labels [B, N] of a row, so that several queries match each.
+    """Repeat targets [B, N, H, W] and labels [B, N] of a row, so that several queries match each.
 
     One-to-many matching (H-DETR, arXiv:2207.13080). Where an expression has one target, matching a
     single query rewards hedging: some query on each object, and only the score to tell them apart.
