@@ -1,4 +1,4 @@
-"""What a person sees of a training: a progress bar or lines, log.jsonl, TensorBoard, panels."""
+"""What a person sees of a training: a bar or lines, log.jsonl, TensorBoard, W&B, panels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from PIL import Image
 
 
 class Monitor:
-    """Writes into one run folder; a follower rank (`leader=False`) writes nothing."""
+    """Writes into one run folder; a follower rank (`leader=False`) writes nothing.
+
+    `project` is a Weights & Biases project to log to as well, where that package is installed.
+    """
 
     def __init__(
         self,
@@ -28,6 +31,7 @@ class Monitor:
         leader: bool = True,
         stream: TextIO | None = None,
         seconds: float = 15.0,
+        project: str | None = None,
     ) -> None:
         self.folder = folder
         self.name = name
@@ -40,13 +44,26 @@ class Monitor:
         self._began = self._spoke = time.monotonic()
         self._bar: Any = None
         self._board: Any = None
+        self._remote: Any = None
         self._log: TextIO | None = None
         if leader:
             folder.mkdir(parents=True, exist_ok=True)
             self._log = _open_log(folder / "log.jsonl", start)
             self._board = _open_board(folder / "tensorboard", start)
+            if project is not None:
+                self._remote = self._open_remote(project)
             if self.stream.isatty():
                 self._bar = _open_bar(name, steps, start, self.stream)
+
+    def _open_remote(self, project: str) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            self.say("wandb is not installed; logging without it (pip install wandb)")
+            return None
+        return wandb.init(
+            project=project, name=self.name, id=self.name, resume="allow", dir=str(self.folder)
+        )
 
     def say(self, text: str) -> None:
         """Print one line without breaking the bar."""
@@ -69,6 +86,9 @@ class Monitor:
                 self._board.add_scalar(f"loss/{key}", value, step)
             for key, value in facts.items():
                 self._board.add_scalar(f"run/{key}", value, step)
+        if self._remote is not None and step % self.log_every == 0:
+            named = {f"loss/{key}": value for key, value in terms.items()}
+            self._remote.log({**named, **{f"run/{k}": v for k, v in facts.items()}}, step=step)
         if self._bar is not None:
             self._bar.set_postfix_str(_summary(terms, facts), refresh=False)
             self._bar.update(1)
@@ -92,6 +112,9 @@ class Monitor:
         for part in (self._bar, self._board, self._log):
             if part is not None:
                 part.close()
+        if self._remote is not None:
+            self._remote.finish()
+            self._remote = None
         self._bar = self._board = self._log = None
 
 
@@ -104,7 +127,10 @@ def clock(seconds: float) -> str:
 
 def _summary(terms: Mapping[str, float], facts: Mapping[str, float]) -> str:
     parts = [f"{name} {value:.4g}" for name, value in terms.items()]
-    return "  ".join([*parts, f"{facts.get('samples_per_s', 0.0):.3g} samples/s"])
+    parts.append(f"{facts.get('samples_per_s', 0.0):.3g} samples/s")
+    if "mfu" in facts:
+        parts.append(f"MFU {facts['mfu']:.1%}")
+    return "  ".join(parts)
 
 
 def _open_log(path: Path, start: int) -> TextIO:

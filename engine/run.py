@@ -14,6 +14,8 @@ from typing import Any, Literal, Union
 from parallel.layout import ParallelConfig
 from parallel.optimizer import OptimizerConfig, Schedule
 
+Mixture = tuple[tuple[str, int], ...]  # (task, batch size) pairs
+
 
 class RunError(ValueError):
     """A run that contradicts itself, or an override that names nothing."""
@@ -30,6 +32,11 @@ class Run:
     this run's folder, a run folder, a checkpoint folder or a safetensors file. `ema` is a decay per
     step. `skips` is how many steps with a non-finite loss or gradient are passed over, without
     touching parameters, before the run stops with an error.
+    `batch` is the number of samples per step over all ranks; `fit` turns it into a number of
+    micro-batches per rank. `timeout` seconds without a finished step end the process with all its
+    stacks printed (0: never). `profile` names the steps (first, last) that torch's profiler traces.
+    `measure_flops` traces the model at the start, for TFLOP/s and MFU in the log. `wandb` is the
+    Weights & Biases project to log to.
     `extra` holds what only the stage understands.
     """
 
@@ -55,6 +62,11 @@ class Run:
     ema: float | None = None
     skips: int = 0
     workers: int = 1
+    batch: int | None = None
+    timeout: float = 1800.0
+    profile: tuple[int, int] | None = None
+    measure_flops: bool = False
+    wandb: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -68,6 +80,10 @@ class Run:
                 f"{self.name}: micro_batches must be pairs (task, batch size >= 1), "
                 f"got {self.micro_batches}"
             )
+        if self.batch is not None and self.batch < 1:
+            raise RunError(f"{self.name}: batch must be at least 1, got {self.batch}")
+        if self.timeout < 0:
+            raise RunError(f"{self.name}: timeout must be 0 (never) or more, got {self.timeout}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise RunError(f"{self.name}: ema must lie between 0 and 1, got {self.ema}")
 
@@ -85,9 +101,50 @@ class Run:
         )
 
 
+def fit(run: Run, data_size: int) -> Run:
+    """Return the run with as many micro-batches per rank as its `batch` asks of `data_size` ranks.
+
+    The size of micro-batches is the run's own, or the next smaller one that divides a rank's share.
+    A mixture keeps its order and is read `extra["tasks_per_step"]` micro-batches at a time.
+    Raises `RunError` when the ranks do not divide the batch or the run's sizes differ.
+    """
+    if run.batch is None:
+        return run
+    sizes = sorted({size for _, size in run.micro_batches})
+    share, rest = divmod(run.batch, data_size)
+    if len(sizes) > 1 or rest or not share:
+        raise RunError(
+            f"{run.name}: batch {run.batch} needs micro-batches of one size, got {sizes}, and a "
+            f"number of data-parallel ranks that divides it, got {data_size}; set batch=none"
+        )
+    size = next(s for s in range(min(sizes[0], share), 0, -1) if share % s == 0)
+    count = share // size
+    mixture = tuple((task, size) for task, _ in run.micro_batches)
+    repeated = mixture * -(-count // len(mixture))
+    if len(mixture) == 1:
+        return dataclasses.replace(run, micro_batches=repeated)
+    extra = {**run.extra, "tasks_per_step": count}
+    return dataclasses.replace(run, micro_batches=repeated, extra=extra)
+
+
 def to_json(run: Run) -> dict[str, Any]:
     """Return the run as plain JSON values."""
     return dataclasses.asdict(run)
+
+
+def from_json(values: Mapping[str, Any]) -> Run:
+    """Rebuild a run from `to_json`; fields of other releases raise `RunError`."""
+    known = {field.name for field in dataclasses.fields(Run)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise RunError(f"a run of this release expected, got unknown fields {unknown}")
+    built = dict(values)
+    built["parallel"] = ParallelConfig(**values.get("parallel", {}))
+    built["micro_batches"] = tuple((str(t), int(n)) for t, n in values["micro_batches"])
+    for name in ("betas", "profile"):
+        if built.get(name) is not None:
+            built[name] = tuple(built[name])
+    return Run(**built)
 
 
 def derive_seed(*parts: object) -> int:

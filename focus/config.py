@@ -315,6 +315,66 @@ def focus_3b() -> FocusConfig:
     return FocusConfig(name="focus_3b")
 
 
+def at_bucket(config: FocusConfig, name: str, size: tuple[int, int]) -> FocusConfig:
+    """Return a config whose own picture size is another bucket; the parameters are the same.
+
+    The vanilla copy is the largest multiple of its stride, the pixel copy the bucket itself.
+    """
+    vit = tuple(side // config.vanilla.stride * config.vanilla.stride for side in size)
+    return dataclasses.replace(
+        config,
+        name=name,
+        vanilla=dataclasses.replace(config.vanilla, image_size=(vit[0], vit[1])),
+        pixel=dataclasses.replace(config.pixel, image_size=size),
+    )
+
+
+def focus_3b_512() -> FocusConfig:
+    """focus_3b at the second phase's picture size; the decoder then draws 1024 pixels."""
+    return at_bucket(focus_3b(), "focus_3b_512", (512, 512))
+
+
+def focus_300m() -> FocusConfig:
+    """A tenth of the paper's model with its structure and picture sizes; trains on one GPU."""
+    return FocusConfig(
+        name="focus_300m",
+        vanilla=VanillaConfig(depth=12, dim=384, num_heads=6, out_dim=768),
+        hierarchical=HierarchicalConfig(
+            image_size=(512, 512), depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)
+        ),
+        fusion=FusionConfig(dim=384, num_heads=6),
+        adapter=AdapterConfig(num_queries=64, dim=384, num_heads=6),
+        semantic=SemanticConfig(
+            depth=4, dim=384, num_heads=6, codebook=SimVQConfig(num_codes=8192)
+        ),
+        pixel=PixelConfig(
+            encoder_channels=64, decoder_channels=96, codebook=SimVQConfig(num_codes=16_384)
+        ),
+        llm=LLMConfig(
+            num_layers=16,
+            dim=768,
+            num_heads=12,
+            num_kv_heads=4,
+            head_dim=64,
+            ffn_dim=2048,
+            vocab_size=25_600,
+            max_length=8192,
+        ),
+        diffusion=DiffusionConfig(
+            channels=(64, 128, 256),
+            transformer_depth=(0, 1, 4),
+            head_dim=32,
+            context_dim=512,
+            vae=VAEConfig(channels=(64, 128, 256, 256)),
+        ),
+    )
+
+
+def focus_300m_512() -> FocusConfig:
+    """focus_300m at the second phase's picture size."""
+    return at_bucket(focus_300m(), "focus_300m_512", (512, 512))
+
+
 def focus_3b_shallow() -> FocusConfig:
     """focus_3b with at most 2 layers in every stack: its widths, tokens and picture sizes."""
     full = focus_3b()
@@ -398,6 +458,9 @@ def focus_tiny() -> FocusConfig:
 
 CONFIGS = {
     "focus_3b": focus_3b,
+    "focus_3b_512": focus_3b_512,
+    "focus_300m": focus_300m,
+    "focus_300m_512": focus_300m_512,
     "focus_3b_shallow": focus_3b_shallow,
     "focus_tiny": focus_tiny,
 }

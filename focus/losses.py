@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +15,22 @@ from focus.batch import IGNORE
 CHUNK = 4096  # positions whose logits exist at once: 283 k logits of a long batch never do
 
 
+class Table(Protocol):
+    """A token table whose rows no process holds alone; it computes its own cross-entropy."""
+
+    def loss(self, hidden: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """See `language_loss`."""
+
+
+class Rows(Protocol):
+    """Some rows of such a table."""
+
+    def code_loss(self, hidden: Tensor, index: Tensor, codes: Tensor) -> Tensor:
+        """See `expected_code_loss`, at temperature 1."""
+
+
 def language_loss(
-    hidden: Tensor, labels: Tensor, table: Tensor, weight: Tensor | None = None
+    hidden: Tensor, labels: Tensor, table: Tensor | Table, weight: Tensor | None = None
 ) -> Tensor:
     """Mean next-token cross-entropy over labelled positions.
 
@@ -22,6 +38,8 @@ def language_loss(
     weight [B, T] scales positions; the mean is over the weights. Zero when nothing is labelled.
     Logits are computed for labelled positions only, `CHUNK` at a time, in fp32.
     """
+    if not isinstance(table, Tensor):
+        return table.loss(hidden, labels, weight)
     where = labels != IGNORE
     states, targets = hidden[where], labels[where]
     if targets.numel() == 0:
@@ -42,7 +60,7 @@ def language_loss(
 
 
 def expected_code_loss(
-    hidden: Tensor, index: Tensor, table: Tensor, codes: Tensor, temperature: float = 1.0
+    hidden: Tensor, index: Tensor, table: Tensor | Rows, codes: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """MSE between the expected code under the predicted distribution and the true code.
 
@@ -51,6 +69,10 @@ def expected_code_loss(
     hidden [n, D] states that predict visual tokens of one level, index [n], table [V_level, D],
     codes [V_level, d].
     """
+    if not isinstance(table, Tensor):
+        if temperature != 1.0:
+            raise ValueError(f"a split table knows temperature 1 only, got {temperature}")
+        return table.code_loss(hidden, index, codes)
     if index.numel() == 0:
         return hidden.sum() * 0.0
     total = hidden.new_zeros((), dtype=torch.float32)

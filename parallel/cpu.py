@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +57,9 @@ def install() -> None:
     """Make megatron-core importable and runnable here; further calls do nothing."""
     if _installed:
         return
+    # Megatron's own habits, which nobody here can change.
+    for said in ("Please use DTensor", "The .grad attribute of a Tensor that is not a leaf"):
+        warnings.filterwarnings("ignore", message=said)
     _hide_broken("transformer_engine", "transformer_engine.pytorch")
     if torch.cuda.is_available():
         _installed.append(None)

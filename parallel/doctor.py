@@ -55,7 +55,16 @@ _PARTS: tuple[tuple[str, str, str, str, str], ...] = (
         "PyTorch's attention",
     ),
     ("DALI", "nvidia.dali", "nvidia-dali-cuda130", "decoding on the GPU", "decoding on the CPU"),
+    (
+        "xformers",
+        "xformers",
+        "xformers",
+        "self-attention of the diffusion decoder's UNet",
+        "PyTorch's attention",
+    ),
+    ("triton", "triton", "triton", "our operators on a GPU", "the reference operators"),
     ("tensorboard", "tensorboard", "tensorboard", "curves and panels", "log.jsonl only"),
+    ("wandb", "wandb", "wandb", "curves on a server (--set wandb=PROJECT)", "TensorBoard"),
 )
 
 

@@ -55,6 +55,10 @@ class Engine(Protocol):
         """Restore what `save` wrote; raises `CheckpointMismatch`."""
         ...
 
+    def export(self, path: Path) -> None:
+        """Write the whole model as one safetensors file; every rank calls it."""
+        ...
+
 
 class PlainEngine:
     """The whole model on every process, gradients averaged over the data-parallel ranks.
@@ -173,6 +177,12 @@ class PlainEngine:
         write_tensors(folder / "optimizer.safetensors", moments)
         if self.average:
             write_tensors(folder / "ema.safetensors", self.average)
+
+    def export(self, path: Path) -> None:
+        """Write the whole model as one safetensors file, unless `save` did so already."""
+        if self.mesh.leader and not path.exists():
+            tensors, aliases = unique_tensors(self.model.state_dict())
+            write_tensors(path, tensors, {"aliases": json.dumps(aliases)})
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, tensor by tensor; raises `CheckpointMismatch`."""

@@ -124,7 +124,12 @@ def candidates(
             for vpp in (1, 2):
                 for recompute in ("none", "full"):
                     layout = ParallelConfig(
-                        tp=tp, pp=pp, vpp=vpp, sequence_parallel=tp > 1, recompute=recompute
+                        tp=tp,
+                        pp=pp,
+                        vpp=vpp,
+                        sequence_parallel=tp > 1,
+                        recompute=recompute,
+                        trunk="megatron",
                     )
                     yield from _with_micro(work, layout, num_gpus, batch)
 
@@ -215,6 +220,14 @@ def _shares(work: Workload, layout: ParallelConfig, rank: int) -> dict[str, floa
     return shares
 
 
+def parameters_of_rank(work: Workload, layout: ParallelConfig, rank: int) -> tuple[int, int]:
+    """(trainable, frozen) parameters on one pipeline rank, from the parts' shares."""
+    shares = _shares(work, layout, rank)
+    trainable = sum(share * work.parts[name].trainable for name, share in shares.items())
+    frozen = sum(share * work.parts[name].frozen for name, share in shares.items())
+    return round(trainable), round(frozen)
+
+
 def activation_bytes(
     work: Workload, layout: ParallelConfig, rank: int, micro: int, count: int, precision: str
 ) -> float:
@@ -299,9 +312,46 @@ def _communication(
     return tensor + pipeline + reduce
 
 
+# CPU time of reading one sample, from `python -m bench data` on two cores of a server; an estimate.
+CPU_SECONDS = 0.045
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a layout asks of the data pipeline, per machine of `per_node` GPUs."""
+
+    samples_per_s: float
+    cores: float
+
+
+def data_demand(found: Plan, gpu: Gpu, num_gpus: int) -> Demand:
+    """Samples per second and CPU cores that feed one machine; ranks that share data read it too."""
+    nodes = max(1, num_gpus / gpu.per_node)
+    copies = found.layout.tp * found.layout.pp * found.layout.cp
+    rate = found.samples_per_s * copies / nodes
+    return Demand(samples_per_s=rate, cores=rate * CPU_SECONDS)
+
+
 def step_cost(work: Workload) -> dict[str, Cost]:
     """The parts of a step, by name, as they were traced."""
     return dict(work.parts)
+
+
+def refusals(work: Workload, gpu: Gpu, num_gpus: int) -> list[str]:
+    """Name the rule that every plain tp x pp breaks that is not among the candidates."""
+    said = []
+    for tp in (t for t in (1, 2, 4, 8, 16) if t <= num_gpus):
+        for pp in (p for p in (1, 2, 4, 8, 16) if tp * p <= num_gpus):
+            if tp > gpu.per_node:
+                said.append(f"tp{tp} pp{pp}: tp leaves the machine of {gpu.per_node} GPUs")
+                continue
+            try:
+                layout = ParallelConfig(tp=tp, pp=pp)
+                check_layout(work.config.llm, layout)
+                layout.data_size(num_gpus)
+            except MeshError as error:
+                said.append(f"tp{tp} pp{pp}: {str(error).partition('; got')[0]}")
+    return said
 
 
 def render(plans: list[Plan], *, limit: int = 12) -> str:

@@ -41,6 +41,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from parallel.model import SplitModel  # noqa: E402
 from parallel.spec import transformer_config  # noqa: E402
 
+WEIGHTS_ONLY = "weights-only"  # marks a checkpoint without optimizer state
+
 
 def open_megatron(layout: ParallelConfig, mesh: Mesh, seed: int) -> None:
     """Create megatron-core's process groups over the open process group."""
@@ -246,10 +248,37 @@ class SplitEngine:
         save_shards(folder / "shards", self.chunks, self.optimizer)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at this or any other layout; raises `CheckpointMismatch`."""
+        """Restore what `save` wrote, at this or any other layout; raises `CheckpointMismatch`.
+
+        Where a folder holds weights alone, the optimizer starts afresh from them.
+        """
         from parallel.shards import load_shards
 
+        if (folder / WEIGHTS_ONLY).exists():
+            self.load_weights(folder)
+            return
         load_shards(folder / "shards", self.chunks, self.optimizer)
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the model alone; every rank calls it."""
+        from parallel.shards import save_shards
+
+        save_shards(folder / "shards", self.chunks, None)
+        if self.mesh.leader:
+            (folder / WEIGHTS_ONLY).touch()
+
+    def load_weights(self, folder: Path) -> None:
+        """Load the model of a checkpoint and bring the optimizer's fp32 copies in line with it."""
+        from parallel.shards import load_shards
+
+        load_shards(folder / "shards", self.chunks, None)
+        self.optimizer.reload_model_params()
+
+    def export(self, path: Path) -> None:
+        """Write the whole model as one safetensors file; every rank calls it."""
+        from parallel.export import export_model
+
+        export_model(self.chunks, path)
 
 
 def _frozen_table_rows(whole: Any) -> int:

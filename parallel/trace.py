@@ -92,7 +92,7 @@ def trace(
         batch = shape_batch(config, text, draws)
     tokens = batch.input_ids.shape[1]
     labelled = int((text // 3) + (_cells(config) if draws else 0))
-    tracer = _Tracer(model)
+    tracer = Tracer(model)
     front, heads = model.front, model.heads
     pictures = batch.pictures
     assert pictures is not None
@@ -115,11 +115,13 @@ def trace(
                 lambda: heads.segment(features.maps, states, conditions, "text"),
             )
         if diffuses:
-            tracer.run("diffusion", heads.diffusion, lambda: _diffuse(heads.diffusion, config))
+            tracer.run("diffusion", heads.diffusion, lambda: diffuse(heads.diffusion, config))
     return Workload(config=config, tokens=tokens, labelled=labelled, parts=tracer.found)
 
 
-class _Tracer:
+class Tracer:
+    """Runs parts of a model and notes what each costs."""
+
     def __init__(self, model: nn.Module) -> None:
         self.found: dict[str, Cost] = {}
         self.width = 4
@@ -154,6 +156,7 @@ class _Tracer:
         )
 
     def add(self, name: str, module: nn.Module, cost: tuple[float, float, bool]) -> None:
+        """Note (forward FLOPs, bytes kept, whether a gradient passes) beside the parameters."""
         flops, saved, backward = cost
         parameters = list(module.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -178,7 +181,8 @@ def _table_cost(config: FocusConfig, labelled: int, width: int) -> tuple[float, 
     return 2.0 * labelled * config.llm.dim * rows, 2.0 * width * labelled * rows, True
 
 
-def _diffuse(diffusion: Any, config: FocusConfig) -> Tensor:
+def diffuse(diffusion: Any, config: FocusConfig) -> Tensor:
+    """Run one denoising step of one picture [1, latents, h, w] under a mask."""
     height, width = (side * config.diffusion.upscale for side in config.pixel.image_size)
     codes = torch.empty(1, config.code_channels, *config.pixel.grid)
     mask = torch.empty(1, config.diffusion.num_masks, height, width, requires_grad=True)

@@ -27,6 +27,9 @@ NAMES = (
     "track",
     "info",
     "data",
+    "plan",
+    "doctor",
+    "export-checkpoint",
 )
 
 
@@ -45,5 +48,5 @@ class Command(Protocol):
 
 def load(name: str) -> Command:
     """Import one command."""
-    module = f"{name}_" if keyword.iskeyword(name) else name
+    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")
     return cast(Command, importlib.import_module(f"engine.commands.{module}"))

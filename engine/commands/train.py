@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engine.commands import options
+from engine.commands.plan import add_machine
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -17,7 +20,12 @@ EXAMPLES = (
     "focus train --list",
     "focus train focus_tiny",
     'focus train focus_tiny_stage2 --set steps=20 --set "rates.front.adapter.*=1e-4"',
+    "focus train focus_3b_stage3 --dry-run --gpus 64",
+    "torchrun --nproc-per-node 4 -m engine train focus_tiny_stage3 --set parallel.tp=2 "
+    "--set parallel.pp=2",
 )
+INTERRUPTED = 130
+REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM or SIGUSR1, saved, and worth starting again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,23 +49,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=options.seed, metavar="S", help="random seed (the run's own)"
     )
+    parser.add_argument(
+        "--profile",
+        type=options.whole(1, 10**9),
+        metavar="N",
+        help="write a torch profiler trace of 3 steps from step N on into OUT/RUN/profile",
+    )
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print shapes, parameters and memory per rank, FLOPs and expected time; start nothing",
+    )
+    add_machine(dry)
     options.add_output(parser, "runs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; each run has its folder OUT/RUN."""
+    """Train; each run has its folder OUT/RUN.
+
+    Under a launcher only rank 0 replies. Returns 0 at the end of the run, 1 after a non-finite loss
+    that no policy allows, 75 when a signal asked for a restart, 130 after Ctrl-C.
+    """
     if args.list:
         return _list(args)
     if args.run is None:
         raise options.UsageError("RUN is missing; `focus train --list` names them")
-    from engine.run import override
+    if args.dry_run:
+        return _dry_run(args)
     from engine.train import NonFiniteLoss, train
 
-    assignments = list(args.assignments)
-    if args.seed is not None:
-        assignments.append(f"seed={args.seed}")
     done = []
-    for planned in [override(found, *assignments) for found in find_runs(args.run)]:
+    for planned in _overridden(args):
         folder = args.out / planned.name
         try:
             outcome = train(planned, folder, resume=not args.fresh, until=args.until)
@@ -66,29 +89,69 @@ def run(args: argparse.Namespace) -> int:
             return 1
         done.append({"run": planned.name, "step": outcome.step, "checkpoint": outcome.checkpoint})
         if outcome.stopped:
-            return 130
+            return REQUEUE if outcome.requeue else INTERRUPTED
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     lines = [f"{item['run']}: {item['step']} steps, {item['checkpoint']}" for item in done]
     return options.reply({"command": "train", "runs": done}, lines, args.json)
 
 
+def _overridden(args: argparse.Namespace) -> list[Run]:
+    """Return the named runs with `--set`, `--seed` and `--profile` applied."""
+    from engine.run import override
+
+    assignments = list(args.assignments)
+    if args.seed is not None:
+        assignments.append(f"seed={args.seed}")
+    if args.profile is not None:
+        assignments.append(f"profile=({args.profile}, {args.profile + 2})")
+    return [override(found, *assignments) for found in find_runs(args.run)]
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print what each run is and asks for; stage 0 has no plan and is passed over."""
+    from engine.dry_run import describe, render
+    from parallel.planner import GPUS
+
+    runs = [planned for planned in _overridden(args) if planned.stage != "foundation"]
+    if not runs:
+        raise options.UsageError(
+            f"{args.run}: stage 0 runs on one device; there is nothing to plan"
+        )
+    reports = [describe(planned, args.gpus, GPUS[args.gpu]) for planned in runs]
+    lines = [line for report in reports for line in render(report)]
+    return options.reply({"command": "train", "dry_run": reports}, lines, args.json)
+
+
+def sequences() -> Mapping[str, Sequence[Callable[[], Run]]]:
+    """Return the names that stand for several runs, in order."""
+    from engine.runs import TINY_SEQUENCE
+    from engine.runs_cluster import SEQUENCES
+
+    return {SEQUENCE: TINY_SEQUENCE, **SEQUENCES}
+
+
 def find_runs(name: str) -> list[Run]:
     """Return the runs of a sequence, or the one run of that name."""
-    from engine.runs import RUNS, TINY_SEQUENCE, find_run
+    from engine.runs import RUNS, find_run
 
-    if name == SEQUENCE:
-        return [make() for make in TINY_SEQUENCE]
+    known = sequences()
+    if name in known:
+        return [make() for make in known[name]]
     if name not in RUNS:
-        known = ", ".join((SEQUENCE, *RUNS))
-        raise options.UsageError(f"no run {name!r}; there are {known}")
+        raise options.UsageError(f"no run {name!r}; there are {', '.join((*known, *RUNS))}")
     return [find_run(name)]
 
 
 def _list(args: argparse.Namespace) -> int:
-    from engine.runs import RUNS, TINY_SEQUENCE
+    from engine.runs import RUNS
 
     told = {name: (make.__doc__ or "").strip().partition("\n")[0] for name, make in RUNS.items()}
-    sequence = [make.__name__ for make in TINY_SEQUENCE]
-    lines = [f"{SEQUENCE:<28} all of focus_tiny, in this order:"]
-    lines += [f"{name:<28} {text}" for name, text in told.items()]
-    report = {"command": "train", "runs": told, "sequences": {SEQUENCE: sequence}}
+    known = {name: [make.__name__ for make in makes] for name, makes in sequences().items()}
+    lines = [f"{SEQUENCE:<34} all of focus_tiny, in this order:"]
+    lines += [f"{name:<34} {text}" for name, text in told.items()]
+    lines += [
+        f"{name:<34} in order: {', '.join(of)}" for name, of in known.items() if name != SEQUENCE
+    ]
+    report = {"command": "train", "runs": told, "sequences": known}
     return options.reply(report, lines, args.json)

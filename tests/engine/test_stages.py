@@ -10,7 +10,7 @@ from torch import nn
 from engine.data.source import config_of
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
-from engine.runs import RUNS, TINY_SEQUENCE, find_run
+from engine.runs import TINY_SEQUENCE, find_run
 from engine.stages.multimodal import MultimodalStage, best_mask, forward, token_weight
 from engine.stages.stage import Micro, find_stage
 from focus.batch import IGNORE, Batch
@@ -44,7 +44,7 @@ def gradients(run: Run) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, terms
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", [make.__name__ for make in TINY_SEQUENCE])
 def test_gradients_reach_exactly_what_the_run_trains(name: str) -> None:
     run = small(name)
     model, terms = gradients(run)
