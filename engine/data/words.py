@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from engine.data.scenes import texts
 from focus.batch import IGNORE, Batch, Source
 from focus.config import FocusConfig
 from focus.prompts import training_texts
-from focus.vocabulary import Vocabulary
+from focus.vocabulary import QWEN_TEXT_SIZE, Vocabulary, VocabularyError
 
+TOKENIZER = "FOCUS_TOKENIZER"  # names the folder of Qwen2.5's tokenizer
 TEXT_SIZE = 700  # rows of the built-in world's BPE; its language has some four hundred words
 CORPUS = 12_000
 PROMPTS = 300  # times that the fixed strings of prompts join the corpus, so each word is one token
@@ -22,18 +24,33 @@ PROMPTS = 300  # times that the fixed strings of prompts join the corpus, so eac
 
 @lru_cache(maxsize=4)
 def tiny_vocabulary(config: FocusConfig) -> Vocabulary:
-    """Return the vocabulary of the built-in world, a small BPE that stands in for Qwen's.
+    """Return the vocabulary of a config.
 
-    The shipped one when the checkout has it, otherwise trained from the world's training texts.
+    A table with room for Qwen2.5's text takes Qwen2.5's tokenizer, from the folder that the
+    environment's FOCUS_TOKENIZER names. A smaller one takes the built-in world's, a small BPE: the
+    shipped one when its code counts are the config's, otherwise trained from the world's texts.
+    Raises `VocabularyError` when Qwen2.5's is needed and not named.
     """
+    counts = config.semantic.codebook.num_codes, config.pixel.codebook.num_codes
+    if config.llm.vocab_size > QWEN_TEXT_SIZE:
+        source = os.environ.get(TOKENIZER)
+        if source is None:
+            raise VocabularyError(
+                f"{config.name} reads Qwen2.5's text; set {TOKENIZER} to the folder of its "
+                "tokenizer.json (`focus import` writes one beside its weights)"
+            )
+        if (Path(source) / "vocabulary.json").is_file():
+            return Vocabulary.load(source)
+        return Vocabulary.from_qwen(source, num_semantic=counts[0], num_pixel=counts[1])
     shipped = Path(__file__).resolve().parents[2] / "assets" / "focus-tiny"
     if (shipped / "tokenizer.json").is_file():
-        return Vocabulary.load(shipped)
+        found = Vocabulary.load(shipped)
+        if (found.num_semantic, found.num_pixel) == counts:
+            return found
     return Vocabulary.train(
         [*texts("train", 0, CORPUS), *training_texts(PROMPTS)],
         TEXT_SIZE,
-        config.semantic.codebook.num_codes,
-        config.pixel.codebook.num_codes,
+        *counts,
     )
 
 
