@@ -59,21 +59,33 @@ struct Tokens {
   Buffer<float> step;         // [n] real score of one integer step
   Buffer<float> margin;       // [n] bound of |screen score - exact score|
   Buffer<float> fine_margin;  // [n] the same for a fp32 score
+  Buffer<double> square;      // [n] |x'|^2
   Buffer<int32_t> offset;     // [n] -128 * sum of the quantised token
   Buffer<uint8_t> state;      // [n] kScreen, kScan or kBad
 };
 enum : uint8_t { kScreen = 0, kScan = 1, kBad = 2 };
 
-// One instruction set: upper bounds per (token, group), and the fp32 scores of one group.
+// One instruction set: upper bounds per (token, group), and the codes of a group that reach a score.
 struct Backend {
-  // upper[(t - first) * G + g] = best screen score of group g (without margin); low: the same with
-  // the group's least bias, only where `quantised`.
+  // upper[t * G + g] = greatest screen score of group g, without margin; where `quantised` also
+  // without the group's bias.
   void (*screen)(const Codebook&, const Tokens&, int64_t first, int64_t last, int64_t group_first,
                  int64_t group_last, float* upper);
-  // Writes the fp32 scores of one group and returns the greatest.
-  float (*scores)(const Codebook&, const float* token, int64_t group, float* out);
+  // Writes the original indices of the group's codes whose screen score, bias included, is at least
+  // `least`; returns their number. `out` holds kGroup + kLane.
+  int (*candidates)(const Codebook&, const Tokens&, int64_t token, int64_t group, float least,
+                    int32_t* out);
   bool quantised;
 };
+
+// Keeps the codes of a scored group that reach `least`, for the screens in floating point.
+inline int keep(const Codebook& book, int64_t group, const float* score, float least,
+                int32_t* out) {
+  int count = 0;
+  for (int j = 0; j < kGroup; j++)
+    if (score[j] >= least) out[count++] = book.order[group * kGroup + j];
+  return count;
+}
 
 const Backend& scalar_backend();
 #if defined(__x86_64__) || defined(_M_X64)

@@ -6,7 +6,8 @@
 //                plus (d + 8) 4u^2 (|x'| + |c'|)^2, the rounding of the fp64 distance itself, so that
 //                codes which tie in fp64 all reach the decision;
 //   int8 score:  |x'.c' - u.v| = |u.v - uq.vq| <= |u - uq| |v| + |uq| |v - vq|, u = x' t, v = c' / t.
-// A group survives when upper + margin reaches the exact best of the most promising group.
+// A group survives when upper + margin reaches the exact best so far; so does a code of such a group,
+// by its own screen score, and only survivors are measured in fp64.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -29,21 +30,17 @@ namespace {
 constexpr int64_t kBoundsBytes = 6 << 20;  // bounds of one batch
 constexpr int64_t kTokensPerTask = 96;
 
-struct Finalist {
-  float score;
-  int32_t code;
-};
-
 bool reserve(Tokens& tokens, const Codebook& book, int64_t count) {
   tokens.centred = allocate<float>(count * book.dim);
   tokens.quantised = allocate<int8_t>(count * book.quads * 4);
   tokens.step = allocate<float>(count);
   tokens.margin = allocate<float>(count);
   tokens.fine_margin = allocate<float>(count);
+  tokens.square = allocate<double>(count);
   tokens.offset = allocate<int32_t>(count);
   tokens.state = allocate<uint8_t>(count);
   return tokens.centred && tokens.quantised && tokens.step && tokens.margin &&
-         tokens.fine_margin && tokens.offset && tokens.state;
+         tokens.fine_margin && tokens.square && tokens.offset && tokens.state;
 }
 
 void prepare_token(const Codebook& book, Tokens& tokens, int64_t t, const float* x,
@@ -67,6 +64,7 @@ void prepare_token(const Codebook& book, Tokens& tokens, int64_t t, const float*
   const double both = norm + book.max_norm;
   const double fine = (dim + 8) * (std::ldexp(1.0, -23) * both * book.max_norm +
                                    std::ldexp(1.0, -52) * both * both);
+  tokens.square[t] = square;
   tokens.fine_margin[t] = static_cast<float>(fine * 1.0001 + 1e-37);
   tokens.margin[t] = tokens.fine_margin[t];
   if (!quantised) return;
@@ -124,40 +122,36 @@ int64_t argmax(const float* upper, const float* bias, int64_t count) {
   return 0;
 }
 
-// Appends the codes of a scored group that reach `least`.
-void collect(const Codebook& book, int64_t group, const float* score, float least,
-             std::vector<Finalist>& finalists) {
-  for (int j = 0; j < kGroup; j++)
-    if (score[j] >= least && book.order[group * kGroup + j] >= 0)
-      finalists.push_back({score[j], book.order[group * kGroup + j]});
-}
-
-// Scores the surviving groups in fp32, the finalists in fp64.
+// Screens the codes of the surviving groups and measures those that survive in fp64.
 Best decide(const Codebook& book, const Backend& backend, const Tokens& tokens, int64_t t,
-            const float* x, const float* upper, std::vector<Finalist>& finalists) {
+            const float* x, const float* upper) {
   Best best;
   if (tokens.state[t] == kScan) {
     for (int64_t k = 0; k < book.num_codes; k++) best.offer(exact_distance(book, x, k), k);
     return best;
   }
-  // The most promising group first: its exact best is a lower bound that needs no margin.
-  const float* bias = backend.quantised ? book.bias_high.get() : nullptr;
-  const float* centred = tokens.centred.get() + t * book.dim;
-  const float fine = 2.0f * tokens.fine_margin[t];
-  alignas(64) float score[kGroup];
-  finalists.clear();
-  const int64_t promising = argmax(upper, bias, book.num_groups);
-  float top = backend.scores(book, centred, promising, score);
-  collect(book, promising, score, top - fine, finalists);
-  const float slack = tokens.margin[t] + tokens.fine_margin[t];
+  const float* high = backend.quantised ? book.bias_high.get() : nullptr;
+  const double slack = static_cast<double>(tokens.margin[t]) + tokens.fine_margin[t];
+  const double squared_scale = static_cast<double>(book.scale) * book.scale;
+  int32_t found[kGroup + kLane];
+  auto measure = [&](int64_t group, double least) {
+    const int count = backend.candidates(book, tokens, t, group, static_cast<float>(least), found);
+    for (int i = 0; i < count; i++)
+      if (found[i] >= 0) best.offer(exact_distance(book, x, found[i]), found[i]);
+  };
+  // The most promising group first: what it holds bounds all others from below. Its own best is at
+  // least upper + its least bias, so that nothing below that by two margins can win.
+  const int64_t promising = argmax(upper, high, book.num_groups);
+  const double floor = upper[promising] + (high ? book.bias_low[promising] : 0.0);
+  measure(promising, floor - 2.0 * slack);
+  // |x' - c'|^2 = |x'|^2 - 2 score
+  auto top = [&] { return 0.5 * (tokens.square[t] - squared_scale * best.distance); };
+  float least = static_cast<float>(top() - slack);
   for (int64_t g = 0; g < book.num_groups; g++) {
-    if (upper[g] + (bias ? bias[g] : 0.0f) + slack < top || g == promising) continue;
-    const float group_top = backend.scores(book, centred, g, score);
-    top = std::max(top, group_top);
-    if (group_top >= top - fine) collect(book, g, score, top - fine, finalists);
+    if (upper[g] + (high ? high[g] : 0.0f) < least || g == promising) continue;
+    measure(g, least);
+    least = static_cast<float>(top() - slack);
   }
-  for (const Finalist& f : finalists)
-    if (f.score >= top - fine) best.offer(exact_distance(book, x, f.code), f.code);
   return best;
 }
 
@@ -202,12 +196,11 @@ void run_batch(const Codebook& book, const Backend& backend, Tokens& tokens, con
   });
   parallel(tasks, num_threads, [&](int64_t task) {
     const auto [first, last] = token_range(task);
-    std::vector<Finalist> finalists;
     for (int64_t t = first; t < last; t++) {
       const bool bad = tokens.state[t] == kBad;
       const Best best = bad ? Best{}
                             : decide(book, backend, tokens, t, x + t * book.dim,
-                                     upper + t * book.num_groups, finalists);
+                                     upper + t * book.num_groups);
       index[t] = bad ? -1 : best.code;
       distance[t] = bad ? std::numeric_limits<float>::quiet_NaN()
                         : static_cast<float>(best.distance);

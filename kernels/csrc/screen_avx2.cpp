@@ -52,28 +52,30 @@ void screen(const Codebook& book, const Tokens& tokens, int64_t first, int64_t l
     }
 }
 
-float scores(const Codebook& book, const float* token, int64_t group, float* out) {
+int candidates(const Codebook& book, const Tokens& tokens, int64_t token, int64_t group,
+               float least, int32_t* out) {
   const int dim = book.dim;
-  __m256 best = _mm256_set1_ps(-3e38f);
-  for (int64_t c = group * kGroup; c < (group + 1) * kGroup; c += kLane, out += kLane) {
+  const float* x = tokens.centred.get() + token * dim;
+  float score[kGroup];
+  for (int j = 0; j < kGroup; j += kLane) {
+    const int64_t c = group * kGroup + j;
     const float* block = book.block.get() + c * dim;
     __m256 lo = _mm256_load_ps(book.bias.get() + c), hi = _mm256_load_ps(book.bias.get() + c + 8);
     for (int i = 0; i < dim; i++) {
-      const __m256 v = _mm256_broadcast_ss(token + i);
+      const __m256 v = _mm256_broadcast_ss(x + i);
       lo = _mm256_fmadd_ps(v, _mm256_load_ps(block + i * kLane), lo);
       hi = _mm256_fmadd_ps(v, _mm256_load_ps(block + i * kLane + 8), hi);
     }
-    _mm256_storeu_ps(out, lo);
-    _mm256_storeu_ps(out + 8, hi);
-    best = _mm256_max_ps(best, _mm256_max_ps(lo, hi));
+    _mm256_storeu_ps(score + j, lo);
+    _mm256_storeu_ps(score + j + 8, hi);
   }
-  return reduce_max(best);
+  return keep(book, group, score, least, out);
 }
 
 }  // namespace
 
 const Backend& avx2_backend() {
-  static const Backend backend{screen, scores, false};
+  static const Backend backend{screen, candidates, false};
   return backend;
 }
 

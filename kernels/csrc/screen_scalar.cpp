@@ -30,10 +30,17 @@ void screen(const Codebook& book, const Tokens& tokens, int64_t first, int64_t l
     }
 }
 
+int candidates(const Codebook& book, const Tokens& tokens, int64_t token, int64_t group,
+               float least, int32_t* out) {
+  float score[kGroup];
+  scores(book, tokens.centred.get() + token * book.dim, group, score);
+  return keep(book, group, score, least, out);
+}
+
 }  // namespace
 
 const Backend& scalar_backend() {
-  static const Backend backend{screen, scores, false};
+  static const Backend backend{screen, candidates, false};
   return backend;
 }
 
