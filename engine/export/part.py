@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -117,20 +118,27 @@ class Part:
         values = (found,) if isinstance(found, Tensor) else tuple(found)
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
-    def dynamic_shapes(self, dims: Mapping[str, Any] | None = None) -> tuple[dict[int, Any], ...]:
+    def dynamic_shapes(self, dims: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """Return `dynamic_shapes` for torch.export: one dict of axis to Dim per input.
+
+        Inputs that the module takes as `*args` come as one tuple, as torch.export wants them.
 
         dims: torch.export dims to use by name; made from the profile when missing.
         """
         found = torch_dims(self.dims) if dims is None else dict(dims)
-        return tuple(
+        axes = [
             {
                 number: _scaled(axis, found)
                 for number, axis in enumerate(spec.shape)
                 if isinstance(axis, str)
             }
             for spec in self.inputs
-        )
+        ]
+        taken = inspect.signature(self.module.forward).parameters.values()
+        for number, parameter in enumerate(taken):
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                return (*axes[:number], tuple(axes[number:]))
+        return tuple(axes)
 
 
 def torch_dims(dims: tuple[Dim, ...]) -> dict[str, Any]:
