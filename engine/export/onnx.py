@@ -64,7 +64,7 @@ def to_graph(part: Part, dtype: torch.dtype = torch.float32, *, weights: bool = 
                 inputs,
                 dynamo=True,
                 opset_version=part.opset,
-                dynamic_shapes=part.dynamic_shapes(),
+                dynamic_shapes=part.nested_shapes(),
                 input_names=[spec.name for spec in part.inputs],
                 output_names=[spec.name for spec in part.outputs],
                 custom_translation_table=table,

@@ -119,26 +119,28 @@ class Part:
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
     def dynamic_shapes(self, dims: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-        """Return `dynamic_shapes` for torch.export: one dict of axis to Dim per input.
-
-        Inputs that the module takes as `*args` come as one tuple, as torch.export wants them.
+        """Return `dynamic_shapes` for torch.export, flat: one dict of axis to Dim per input.
 
         dims: torch.export dims to use by name; made from the profile when missing.
         """
         found = torch_dims(self.dims) if dims is None else dict(dims)
-        axes = [
+        return tuple(
             {
                 number: _scaled(axis, found)
                 for number, axis in enumerate(spec.shape)
                 if isinstance(axis, str)
             }
             for spec in self.inputs
-        ]
+        )
+
+    def nested_shapes(self) -> tuple[Any, ...]:
+        """Return `dynamic_shapes` nested as the module takes them: its `*args` in one tuple."""
+        flat = self.dynamic_shapes()
         taken = inspect.signature(self.module.forward).parameters.values()
         for number, parameter in enumerate(taken):
             if parameter.kind is parameter.VAR_POSITIONAL:
-                return (*axes[:number], tuple(axes[number:]))
-        return tuple(axes)
+                return (*flat[:number], tuple(flat[number:]))
+        return flat
 
 
 def torch_dims(dims: tuple[Dim, ...]) -> dict[str, Any]:
