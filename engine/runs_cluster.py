@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.run import Mixture, Run
+from parallel.layout import ParallelConfig
 
 # Which parameters each stage trains; anything else is frozen (Table 6, "Frozen Modules").
 TOKENIZER = ("front.fusion.attention.*", "front.tokenizer.*", "scratch.*")
@@ -31,6 +32,9 @@ PROJECTORS = (
 LANGUAGE = ("trunk.*", "front.token_embedding.*")  # the head is tied to the table
 MASK_DECODER = ("heads.segment.*",)
 MASK_ATTENTION = ("*.attn2.*", "heads.diffusion.mask_projection.*")
+
+# Stages 2 to 4 run on megatron-core with its distributed optimizer even where nothing is split.
+MEGATRON = ParallelConfig(trunk="megatron")
 
 # Samples of an epoch: the sums of Table 5's lines.
 WARMUP, PRETRAIN, INSTRUCT = 30_000_000, 43_000_000, 9_500_000
@@ -123,6 +127,7 @@ def _stage2(scale: str, micro: int, after: str) -> Run:
         samples=WARMUP,
         batch=512,
         micro_batches=_mixture(micro, vqa=1),
+        parallel=MEGATRON,
         rates=_rates(1e-3, PROJECTORS, ("front.token_embedding.*",)),
         extra={"segmentation": False},
     )
@@ -138,6 +143,7 @@ def _stage3(scale: str, size: int, micro: int, after: str) -> Run:
         samples=epochs * PRETRAIN,
         batch=batch,
         micro_batches=_mixture(micro, editing=12, generation=2, vqa=4, referring=1, **{"class": 1}),
+        parallel=MEGATRON,
         rates=_rates(2e-5, LANGUAGE, PROJECTORS) | _rates(1e-3, MASK_DECODER),
     )
 
@@ -151,6 +157,7 @@ def _stage4(scale: str, micro: int, after: str) -> Run:
         samples=INSTRUCT,
         batch=256,
         micro_batches=_mixture(micro, editing=7, vqa=7, reasoning=2, referring=2, interactive=1),
+        parallel=MEGATRON,
         rates=_rates(2e-5, LANGUAGE) | _rates(2e-6, MASK_DECODER, MASK_ATTENTION),
     )
 

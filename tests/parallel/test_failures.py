@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -59,6 +60,24 @@ def test_nan_on_one_rank_stops_all_and_touches_nothing(
         assert "not finite" in message
         assert change == 0
         assert torch.isfinite(torch.tensor(loss))
+
+
+def pass_over_nan(rank: int, folder: Path) -> None:
+    from engine.train import train
+
+    tasks = TASKS[3][::2]
+    run = small_run(3, micro_batches=tasks, steps=3, skips=1, save_every=2)
+    train(run, folder, stage=SmallStage(3, bad=(1, 1)))
+
+
+def test_a_skipped_step_is_counted_and_remembered(tmp_path: Path) -> None:
+    ranks.run(2, pass_over_nan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("skipped") for line in lines] == [None, 1.0, 1.0]
+    assert "loss" not in lines[1]
+    state = json.loads((tmp_path / "checkpoints" / "step-3" / "state.json").read_text())
+    assert state["skipped"] == 1
+    assert len(list((tmp_path / "ranks").glob("rank-*.jsonl"))) == 2
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from parallel.layout import ParallelConfig
 from tests.parallel import ranks
@@ -160,3 +162,48 @@ def test_frozen_rows_of_the_token_table_stay(tp: int) -> None:
     moved = [row for shard in ranks.run(tp, table_after, layout) for row in shard]
     assert max(moved[:TEXT_ROWS]) == 0
     assert max(moved[TEXT_ROWS:]) > 0
+
+
+def gradients(rank: int, layout: ParallelConfig) -> dict[str, torch.Tensor]:
+    """Gradient of every learning parameter of this rank in step 0 of stage 3, by our names."""
+    from engine.run import derive_seed
+    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from parallel.mesh import open_mesh
+    from parallel.weight_map import unshard
+
+    run = small_run(3, parallel=layout)
+    found: dict[str, torch.Tensor] = {}
+    with open_mesh(layout) as mesh:
+        seed_everything(derive_seed(run.seed, "build"))
+        engine: Any = build_engine(run, SmallStage(3), mesh)
+        data = StepDataset(run, SmallStage(3), mesh.data_rank, mesh.data_size)
+        # Clipping scales gradients in place; with the largest of limits it leaves them alone.
+        engine.config = dataclasses.replace(engine.config, clip=1e9)
+        engine.step(0, data[0], StepWork(run, SmallStage(3), 0, mesh))
+        if not layout.megatron:
+            return {n: p.grad for n, p in engine.learning.items() if p.grad is not None}
+        for chunk in engine.chunks:
+            for name, parameter in chunk.named_parameters():
+                if parameter.requires_grad and not name.startswith("llm."):
+                    found[name] = parameter.main_grad.clone()
+            for _, parameter, made_of in chunk.llm.entries():
+                if parameter.requires_grad:
+                    found.update(unshard(made_of, [parameter.main_grad.clone()], chunk.llm.llm))
+    return found
+
+
+def test_gradients_of_front_trunk_and_heads_equal_one_process() -> None:
+    expected = ranks.run(1, gradients, ParallelConfig())[0]
+    parts: dict[str, torch.Tensor] = {}
+    for answer in ranks.run(2, gradients, ParallelConfig(pp=2)):
+        parts.update(answer)
+    assert parts.keys() >= expected.keys()
+    for section in ("front.", "trunk.", "heads."):
+        names = [name for name in expected if name.startswith(section)]
+        largest = max(float(expected[name].abs().max()) for name in names)
+        assert largest > 0
+        for name in names:
+            error = float((parts[name] - expected[name]).abs().max())
+            # Biases before a norm have a gradient of rounding alone, hence the second bound.
+            scale = float(expected[name].abs().max())
+            assert error <= max(1e-4 * scale, 1e-7 * largest), name
