@@ -27,6 +27,7 @@ SIZE = 256  # side of the scenes, pixels
 EDITS = ("remove", "replace", "recolour", "move", "background")
 CLIP_FRAMES = 12
 MAX_SEARCH = 200  # scenes looked at to find one of a wanted kind
+PAINTERS = {"pixel": "the tokenizer's pixel decoder", "diffusion": "the diffusion decoder"}
 
 
 def first(
@@ -203,8 +204,9 @@ def editing(model: Focus, seed: int) -> Section:
     return Section(
         name="editing",
         title="Change exactly that",
-        told="The predicted mask goes to the diffusion decoder as context, so that the change "
-        "stays where it belongs. Right: close to the truth inside the mask, untouched outside.",
+        told="The language model finds the region, then writes new visual tokens under it, which "
+        f"{PAINTERS[model.settings.decoder]} paints. Right: close to the truth inside the region, "
+        "untouched outside.",
         examples=tuple(_edit(model, record, seed) for record in found),
     )
 
@@ -255,7 +257,8 @@ def generation(model: Focus, seed: int) -> Section:
     return Section(
         name="generation",
         title="Draw what I say",
-        told="The language model writes visual tokens, the diffusion decoder paints them.",
+        told="The language model writes visual tokens, "
+        f"{PAINTERS[model.settings.decoder]} paints them.",
         examples=tuple(_generate(model, record, seed) for record in first("generation", seed, 4)),
     )
 

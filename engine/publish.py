@@ -51,18 +51,30 @@ MEASURES = (
 )
 
 
-def publish(checkpoint: str, out: Path, *, config: str = "focus_tiny") -> Focus:
+def publish(checkpoint: str, out: Path) -> Focus:
     """Write the weights of a checkpoint (fp16), its vocabulary and decoding defaults to `out`.
 
-    checkpoint: what `find_weights` takes: a run folder, a checkpoint or a safetensors file. The
-    averaged weights are taken where the run kept them. Raises `RunError`, `CheckpointMismatch`.
+    checkpoint: what `find_weights` takes: a run folder, a checkpoint or a safetensors file, whose
+    config is then focus_tiny. The averaged weights are taken where the run kept them. Models other
+    than focus_tiny get the paper's decoding defaults.
+    Raises `RunError`, `CheckpointMismatch`.
     """
-    sizes = CONFIGS[config]()
+    weights = find_weights(checkpoint, Path("runs"))
+    sizes = CONFIGS[_config_name(weights)]()
     model = FocusModel(sizes)
-    load_initial(model, find_weights(checkpoint, Path("runs")))
-    focus = Focus(model, tiny_vocabulary(sizes), TINY_SETTINGS)
+    load_initial(model, weights)
+    settings = TINY_SETTINGS if sizes.name == "focus_tiny" else Settings()
+    focus = Focus(model, tiny_vocabulary(sizes), settings)
     focus.save_pretrained(out, dtype=torch.float16)
     return focus
+
+
+def _config_name(weights: Path) -> str:
+    """Return the model of the run that wrote a checkpoint's weights."""
+    state = weights.with_name("state.json")
+    if not state.is_file():
+        return "focus_tiny"
+    return str(json.loads(state.read_text())["run"]["model"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ Mixture = tuple[tuple[str, int], ...]
 PROJECTORS = (
     "front.fusion.mlp.*",
     "front.fusion.project.*",
+    "front.fusion.out_norm.*",
     "front.pixel_project.*",
     "front.adapter.*",
     "front.region_pooler.*",
@@ -25,6 +26,7 @@ PROJECTORS = (
     "front.next_position.*",
     "front.mask_queries",
 )
+GATES = ("front.adapter.*_gate",)  # from zero, they would take the whole run to open
 LANGUAGE = ("trunk.*", "front.token_embedding.*")  # the head is tied to the table
 MASK_DECODER = ("heads.segment.*",)
 MASK_ATTENTION = ("*.attn2.*", "heads.diffusion.mask_projection.*")
@@ -143,7 +145,7 @@ def focus_tiny_stage2() -> Run:
         model="focus_tiny",
         steps=100,
         micro_batches=(("vqa", 32),),
-        rates=_rates(1e-3, PROJECTORS, ("front.token_embedding.*",)),
+        rates=_rates(1e-2, GATES) | _rates(1e-3, PROJECTORS, ("front.token_embedding.*",)),
         warmup=20,
         precision="bf16",
         init_from="focus_tiny_stage1_diffusion",
@@ -170,8 +172,7 @@ def focus_tiny_stage3() -> Run:
             ("editing", 10),
             ("referring", 14),
         ),
-        rates=_rates(2e-3, ("trunk.*",))
-        | _rates(1e-3, ("front.token_embedding.*",), PROJECTORS, MASK_DECODER),
+        rates=_rates(1e-2, GATES) | _rates(1e-3, LANGUAGE, PROJECTORS, MASK_DECODER),
         warmup=100,
         precision="bf16",
         init_from="focus_tiny_stage2",
@@ -179,7 +180,7 @@ def focus_tiny_stage3() -> Run:
         panel_every=300,
         extra={
             "tasks_per_step": 2,
-            "segment_weight": 0.3,
+            "segment_weight": 0.1,
             "target_repeats": 6,
             "edit_token_weight": 3.0,
             "drop_text": 0.1,
@@ -216,7 +217,7 @@ def focus_tiny_stage4() -> Run:
         panel_every=250,
         extra={
             "tasks_per_step": 2,
-            "segment_weight": 0.3,
+            "segment_weight": 0.1,
             "target_repeats": 6,
             "edit_token_weight": 3.0,
             "drop_text": 0.1,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from focus.config import SCALES, AdapterConfig, HierarchicalConfig, Scale
 from focus.errors import ShapeError
-from focus.vision.block import initialise
+from focus.vision.block import initialise, output_norm
 from focus.vision.rope2d import grid_positions
 from kernels.gated_cross_attention.api import gated_cross_attention, gated_ffn
 
@@ -92,7 +92,11 @@ class GatedAdapter(nn.Module):
     """
 
     def __init__(
-        self, config: AdapterConfig, hierarchical: HierarchicalConfig, llm_dim: int
+        self,
+        config: AdapterConfig,
+        hierarchical: HierarchicalConfig,
+        llm_dim: int,
+        gain: float | None = None,
     ) -> None:
         super().__init__()
         if config.dim % config.num_heads:
@@ -109,6 +113,7 @@ class GatedAdapter(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.project = nn.Linear(config.dim, llm_dim)
         initialise(self)
+        self.out_norm = output_norm(llm_dim, gain)
 
     def forward(self, features: Sequence[Tensor], queries: Tensor | None = None) -> Tensor:
         """Four maps res2..res5, [B, C_i, H_i, W_i] -> [B, Q, llm_dim].
@@ -121,7 +126,7 @@ class GatedAdapter(nn.Module):
         h = self._start(features[0], queries)
         for layer, scale in zip(self.layers, self.config.scales, strict=True):
             h = layer(h, self._tokens(features, scale))
-        out: Tensor = self.project(self.norm(h))
+        out: Tensor = self.out_norm(self.project(self.norm(h)))
         return out
 
     def _start(self, feature: Tensor, queries: Tensor | None) -> Tensor:

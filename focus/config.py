@@ -170,7 +170,9 @@ class LLMConfig:
 
     `visual_position` adds a learned (row, column) embedding to visual tokens, going in and coming
     out. The paper has plain 1-D positions (False); from scratch on a laptop the model needs it to
-    line up the source picture with the picture it writes.
+    line up the source picture with the picture it writes. `visual_gain` ends every projection of
+    visual features with an RMSNorm whose gain starts there (None: no norm, as in the paper, where
+    pretrained encoders and a warm-up settle the scale).
     """
 
     num_layers: int = 36
@@ -185,6 +187,7 @@ class LLMConfig:
     tie_embeddings: bool = True
     max_length: int = 32_768
     visual_position: bool = False
+    visual_gain: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,6 +430,7 @@ def focus_tiny() -> FocusConfig:
             rope_theta=1e4,
             max_length=768,
             visual_position=True,
+            visual_gain=0.1,
         ),
         segment=SegmentConfig(
             dim=64,

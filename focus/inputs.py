@@ -66,11 +66,25 @@ def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """Letterbox a mask to `size` with nearest sampling; masks of that size pass unchanged."""
+    """Letterbox a mask to `size`; masks of that size pass unchanged.
+
+    A cell more than half covered is in. A mask too thin or small for that keeps every cell that one
+    of its pixels falls in: no region vanishes.
+    """
     if mask.shape == size:
         return mask
-    fitted = letterbox(np.repeat(mask[..., None].astype(np.uint8) * 255, 3, 2), size, fill=0)[0]
-    return np.asarray(fitted[..., 0] > 127)
+    grey = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, 2)
+    fitted, box = letterbox(grey, size, fill=0)
+    found = np.asarray(fitted[..., 0] > 127)
+    if not found.any():
+        rows, columns = (
+            at * content // source + offset
+            for at, content, source, offset in zip(
+                mask.nonzero(), box.content, box.source, box.offset, strict=True
+            )
+        )
+        found[rows, columns] = True
+    return found
 
 
 def collate(

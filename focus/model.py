@@ -28,6 +28,7 @@ from focus.llm import Qwen2Trunk
 from focus.regions import RegionPooler
 from focus.segment.predictor import Prediction, SegmentationPredictor
 from focus.tokenizer.dual import Codes, DualTokenizer
+from focus.vision.block import output_norm
 from focus.vision.encoder import HierarchicalEncoder, VanillaEncoder
 from focus.vision.fusion import Fused, Fusion
 from focus.vision.pyramid import VanillaPyramid
@@ -61,8 +62,8 @@ class VisualPosition(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.row = nn.Parameter(torch.randn(2, MAX_GRID, dim) * 0.02)
-        self.column = nn.Parameter(torch.randn(2, MAX_GRID, dim) * 0.02)
+        self.row = nn.Parameter(torch.randn(2, MAX_GRID, dim) * 0.05)
+        self.column = nn.Parameter(torch.randn(2, MAX_GRID, dim) * 0.05)
 
     def forward(self, grid: Tensor) -> Tensor:
         """Embed grid cells [B, T, 3] (level, row, column); zero where the level is -1."""
@@ -85,20 +86,28 @@ class Front(nn.Module):
             if config.hierarchical.source == "convnext"
             else VanillaPyramid(config.hierarchical, config.vanilla.out_dim)
         )
-        self.fusion = Fusion(config.fusion, config.vanilla, config.hierarchical, dim)
+        self.fusion = Fusion(
+            config.fusion, config.vanilla, config.hierarchical, dim, config.llm.visual_gain
+        )
         self.tokenizer = DualTokenizer(config)
         self.adapter = (
-            GatedAdapter(config.adapter, config.hierarchical, dim)
+            GatedAdapter(config.adapter, config.hierarchical, dim, config.llm.visual_gain)
             if config.adapter.num_queries
             else None
         )
         self.pixel_project = nn.Sequential(
-            nn.Linear(config.pixel.codebook.dim, dim), nn.GELU(), nn.Linear(dim, dim)
+            nn.Linear(config.pixel.codebook.dim, dim),
+            nn.GELU(),
+            nn.Linear(dim, dim),
+            output_norm(dim, config.llm.visual_gain),
         )
         self.semantic_project: nn.Module | None = None
         if config.inputs == "quantised":
             self.semantic_project = nn.Sequential(
-                nn.Linear(config.semantic.codebook.dim, dim), nn.GELU(), nn.Linear(dim, dim)
+                nn.Linear(config.semantic.codebook.dim, dim),
+                nn.GELU(),
+                nn.Linear(dim, dim),
+                output_norm(dim, config.llm.visual_gain),
             )
         self.region_pooler = RegionPooler(config.region, config.hierarchical, dim)
         self.token_embedding = nn.Embedding(config.llm.vocab_size, dim)

@@ -314,7 +314,8 @@ def _class_instances(
         pipeline.say(session)
         boxes = [_box(model, frame) for frame in frames[at : at + CHUNK]]
         counts = [len(classes)] * len(requests)
-        found += decode(pipeline.segment(session), "class", counts, boxes, thresholds=thresholds)
+        limits = thresholds or Thresholds(object=model.settings.object_score)
+        found += decode(pipeline.segment(session), "class", counts, boxes, thresholds=limits)
     return found
 
 

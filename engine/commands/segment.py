@@ -85,6 +85,10 @@ def _task_and_text(args: argparse.Namespace) -> tuple[str, str | None]:
         raise options.UsageError(
             "interactive segmentation needs --click, --box, --scribble or --mask"
         )
+    if args.regions and (task != "interactive" or args.text is not None):
+        raise options.UsageError(
+            "TEXT or regions expected, got both; `focus edit` takes both, a segmentation does not"
+        )
     if task != "interactive" and args.text is None:
         raise options.UsageError("TEXT is missing; give a text, or regions such as --click 40,60")
     return task, None if args.text is None else options.check_text(args.text)

@@ -21,7 +21,7 @@ from focus.model import FocusModel, gather
 
 
 class InstructStage(MultimodalStage):
-    """`extra`: true_mask (chance of feeding the true mask), diffusion_weight."""
+    """`extra`: true_mask (chance at the end of feeding the true mask), diffusion_weight."""
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Add the noise-prediction error of edited pictures under their masks."""
@@ -30,17 +30,19 @@ class InstructStage(MultimodalStage):
         weight = float(self.run.extra.get("diffusion_weight", 1.0))
         done = self.shown[batch.task]
         if weight and done.prediction is not None and done.codes is not None:
-            terms[f"{batch.task}/epsilon"] = weight * self._diffusion_loss(model, done)
+            terms[f"{batch.task}/epsilon"] = weight * self._diffusion_loss(model, done, step)
         return terms
 
-    def _diffusion_loss(self, model: FocusModel, done: Step) -> Tensor:
+    def _diffusion_loss(self, model: FocusModel, done: Step, step: int) -> Tensor:
         assert self.run is not None and done.prediction is not None and done.codes is not None
         batch = done.batch
         assert batch.target is not None and batch.edit_mask is not None
         size = output_size(model.config)
         predicted = resize_masks(best_mask(done.prediction), size)
         true = resize_masks(batch.edit_mask, size)
-        pick = torch.rand(len(true), device=true.device) < self.run.extra.get("true_mask", 0.5)
+        last = float(self.run.extra.get("true_mask", 0.5))
+        chance = 1.0 + (last - 1.0) * step / max(1, self.run.steps)
+        pick = torch.rand(len(true), device=true.device) < chance
         mask = torch.where(pick[:, None, None], true, predicted)[:, None]
         codes = model.front.tokenizer.embed(done.codes)
         states = gather(

@@ -23,6 +23,7 @@ from focus.batch import IGNORE, Batch
 from focus.inputs import collate
 from focus.losses import expected_code_loss, language_loss
 from focus.model import CONDITION_KINDS, Features, FocusModel
+from focus.prompts import RECONSTRUCT
 from focus.segment.loss import segmentation_losses
 from focus.segment.predictor import Prediction
 from focus.sequence import fill_codes
@@ -150,12 +151,33 @@ class MultimodalStage(Stage):
 
 
 def drop_texts(records: list[Record], chance: float, seed: int) -> list[Record]:
-    """Empty the description of some pictures to draw, which guidance takes as its other branch."""
+    """Turn some pictures to draw into the other branch of guidance (`Prompt.unconditional`).
+
+    A description becomes empty; an edit becomes "reconstruct the image", whose target is its
+    source and which changes no region.
+    """
     lots = np.random.default_rng(seed).random(len(records))
     return [
-        replace(record, text="") if record.task == "generation" and lot < chance else record
+        _unconditional(record) if lot < chance else record
         for record, lot in zip(records, lots, strict=True)
     ]
+
+
+def _unconditional(record: Record) -> Record:
+    if record.task == "generation":
+        return replace(record, text="")
+    if record.task != "editing":
+        return record
+    return replace(
+        record,
+        text=RECONSTRUCT,
+        answer="",
+        regions=(),
+        region_kinds=(),
+        masks=(),
+        labels=(),
+        target=record.image,
+    )
 
 
 def forward(model: FocusModel, batch: Batch, *, segment: bool) -> Step:

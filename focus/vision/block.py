@@ -26,6 +26,19 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(child.bias)
 
 
+def output_norm(dim: int, gain: float | None) -> nn.Module:
+    """Return the norm that ends a projection of visual features, or nothing without a gain.
+
+    Features that were never normalised are many times longer than word embeddings: positions and
+    the language model's own writing drown in them (`LLMConfig.visual_gain`).
+    """
+    if gain is None:
+        return nn.Identity()
+    norm = nn.RMSNorm(dim, eps=1e-6)
+    nn.init.constant_(norm.weight, gain)
+    return norm
+
+
 class Attention(nn.Module):
     """Full self-attention over one picture per row, rotary in two axes."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from focus.config import SCALES, FusionConfig, HierarchicalConfig, VanillaConfig
 from focus.errors import ShapeError
-from focus.vision.block import initialise
+from focus.vision.block import initialise, output_norm
 from focus.vision.rope2d import Table, axial_table, grid_positions, rotate
 
 Grid = tuple[int, int]
@@ -126,6 +126,7 @@ class Fusion(nn.Module):
         vanilla: VanillaConfig,
         hierarchical: HierarchicalConfig,
         llm_dim: int,
+        gain: float | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -134,6 +135,7 @@ class Fusion(nn.Module):
         self.mlp = FusionMLP(config.dim, int(config.dim * config.mlp_ratio))
         self.project = nn.Linear(config.dim, llm_dim)
         initialise(self.project)
+        self.out_norm = output_norm(llm_dim, gain)
 
     def forward(self, x_low: Tensor, features: Sequence[Tensor], grid: Grid | None = None) -> Fused:
         """x_low [B, S, out_dim], four maps res2..res5 -> `Fused`.
@@ -151,4 +153,4 @@ class Fusion(nn.Module):
             raise ShapeError(f"the four maps {SCALES} expected, got {len(features)}")
         e_prime = self.attention(x_low, features, (rows, columns))
         e_img = self.mlp(e_prime)
-        return Fused(e_prime, e_img, self.project(e_img))
+        return Fused(e_prime, e_img, self.out_norm(self.project(e_img)))

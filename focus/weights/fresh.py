@@ -19,6 +19,7 @@ from focus.segment.predictor import SegmentationPredictor
 from focus.tokenizer.pixel import PixelDecoder, PixelEncoder
 from focus.tokenizer.semantic import SemanticBranch
 from focus.tokenizer.simvq import SimVQ
+from focus.vision.block import output_norm
 from focus.vision.encoder import HierarchicalEncoder, VanillaEncoder
 from focus.vision.fusion import Fusion
 from focus.vision.pyramid import VanillaPyramid
@@ -34,8 +35,12 @@ BUILDERS: dict[str, Builder] = {
         if c.hierarchical.source == "convnext"
         else VanillaPyramid(c.hierarchical, c.vanilla.out_dim)
     ),
-    "front.fusion.": lambda c: Fusion(c.fusion, c.vanilla, c.hierarchical, c.llm.dim),
-    "front.adapter.": lambda c: GatedAdapter(c.adapter, c.hierarchical, c.llm.dim),
+    "front.fusion.": lambda c: Fusion(
+        c.fusion, c.vanilla, c.hierarchical, c.llm.dim, c.llm.visual_gain
+    ),
+    "front.adapter.": lambda c: GatedAdapter(
+        c.adapter, c.hierarchical, c.llm.dim, c.llm.visual_gain
+    ),
     "front.tokenizer.semantic.": lambda c: SemanticBranch(
         c.semantic, c.fusion.dim, c.vanilla.out_dim
     ),
@@ -47,10 +52,16 @@ BUILDERS: dict[str, Builder] = {
     ),
     "front.tokenizer.pixel_decoder.": lambda c: PixelDecoder(c.pixel, c.code_channels),
     "front.pixel_project.": lambda c: nn.Sequential(
-        nn.Linear(c.pixel.codebook.dim, c.llm.dim), nn.GELU(), nn.Linear(c.llm.dim, c.llm.dim)
+        nn.Linear(c.pixel.codebook.dim, c.llm.dim),
+        nn.GELU(),
+        nn.Linear(c.llm.dim, c.llm.dim),
+        output_norm(c.llm.dim, c.llm.visual_gain),
     ),
     "front.semantic_project.": lambda c: nn.Sequential(
-        nn.Linear(c.semantic.codebook.dim, c.llm.dim), nn.GELU(), nn.Linear(c.llm.dim, c.llm.dim)
+        nn.Linear(c.semantic.codebook.dim, c.llm.dim),
+        nn.GELU(),
+        nn.Linear(c.llm.dim, c.llm.dim),
+        output_norm(c.llm.dim, c.llm.visual_gain),
     ),
     "front.region_pooler.": lambda c: RegionPooler(c.region, c.hierarchical, c.llm.dim),
     "front.position.": lambda c: VisualPosition(c.llm.dim),
