@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
+from scipy.ndimage import maximum_filter
 
 from focus import settings as generation_settings
 from focus.buckets import Bucket, buckets_for, match_bucket
@@ -98,12 +99,16 @@ class Focus:
         """Find what a text names or regions point at.
 
         task: "referring" or "reasoning" (an expression), "class" (names by commas), "interactive"
-        (regions); by default interactive when regions come without text. Masks have the picture's
-        size. Raises `RequestError`, `RegionError`.
+        (regions); by default interactive when regions come without text. Give a text or regions,
+        not both. Masks have the picture's size. Raises `RequestError`, `RegionError`.
         """
         task = task or ("interactive" if regions and not text else "referring")
         if task not in SEGMENT_TASKS:
             raise RequestError(f"a task of {', '.join(SEGMENT_TASKS)} expected, got {task!r}")
+        if regions and (task != "interactive" or (text and text.strip())):
+            raise RequestError(
+                "a text or regions expected, got both; an edit takes both, a segmentation does not"
+            )
         pixels = read_pixels(image)
         if task == "interactive":
             if not regions:
@@ -253,8 +258,9 @@ class Focus:
         found = self._decode(session, pipeline.segment(session), None)
         frame = self.config.hierarchical.image_size
         boxes = [self._box(request) for request in requests]
-        framed = _framed([instances.masks for instances in found], boxes, frame)
-        keep = [mask.numpy() for mask in framed[:, 0] > 0.5] if self.settings.keep_tokens else None
+        framed = _framed([instances.probabilities for instances in found], boxes, frame)
+        touched = _framed([instances.masks for instances in found], boxes, frame)
+        keep = [mask.numpy() for mask in touched[:, 0] > 0] if self.settings.keep_tokens else None
         drawings = pipeline.draw(session, sampling=self.settings.editing, masks=keep)
         seeds = [request.seed for request in requests]
         painted = to_uint8(pipeline.paint(codes_of(drawings), framed, seeds, session.mask_states))
@@ -326,8 +332,8 @@ class Focus:
         if not self.settings.paste_outside:
             return fitted
         reach = max(1, round(FEATHER * max(mask.shape) / max(raw.shape[:2])))
-        grown = F.max_pool2d(torch.from_numpy(mask).float()[None], 2 * reach + 1, 1, reach)
-        soft = grown[0, ..., None].numpy()
+        grown = maximum_filter(mask, 2 * reach + 1)  # separable: a large reach costs no more
+        soft = grown[..., None].astype(np.float32)
         mixed = soft * fitted + (1 - soft) * request.image
         return np.asarray(mixed.round().astype(np.uint8))
 
@@ -361,12 +367,15 @@ def point(text: str) -> str:
 def _framed(
     masks: Sequence[torch.Tensor], boxes: Sequence[Letterbox], frame: tuple[int, int]
 ) -> torch.Tensor:
-    """Lay each picture's first mask [1, H, W] into the encoders' frame: [B, 1, h, w] in {0, 1}."""
+    """Lay each picture's first mask [1, H, W] into the encoders' frame: [B, 1, h, w] in [0, 1].
+
+    Sampled by area, so that nothing thin is lost in a large picture.
+    """
     framed = torch.zeros(len(boxes), 1, *frame)
     for row, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         height, width = box.content
         top, left = box.offset
-        fitted = F.interpolate(mask[None, :1].float(), (height, width), mode="nearest-exact")
+        fitted = F.interpolate(mask[None, :1].float(), (height, width), mode="area")
         framed[row, 0, top : top + height, left : left + width] = fitted[0, 0]
     return framed
 
