@@ -7,7 +7,8 @@ the docstring of the run says which is taken. A phase with another picture size 
 focus_3b starts from public checkpoints (`focus import --out runs/focus_3b_import`) and reads Qwen's
 tokenizer from the folder that FOCUS_TOKENIZER names. focus_300m starts from nothing, in the
 built-in world, as focus_tiny does; both read shards when `extra.shards` names a folder.
-`batch` is the number of samples per step over all ranks, so a step is the same on 8 GPUs and on 64.
+`batch` is the number of samples per step over all ranks, so a step is the same on 8 GPUs and on 64;
+micro-batches are small enough that 64 ranks fill them, so the order of samples stays the same too.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def _stage4(scale: str, micro: int, after: str) -> Run:
 
 def focus_3b_stage1_tokenizer_256() -> Run:
     """Dual tokenizer at 256 pixels, 136k steps; one rate, 1e-4 (appendix D, not Table 6)."""
-    return _tokenizer("focus_3b", 256, 136_000, 8, "focus_3b_import")
+    return _tokenizer("focus_3b", 256, 136_000, 4, "focus_3b_import")
 
 
 def focus_3b_stage1_tokenizer_512() -> Run:
@@ -174,7 +175,7 @@ def focus_3b_stage1_tokenizer_512() -> Run:
 
 def focus_3b_stage1_diffusion_512() -> Run:
     """Diffusion decoder to 512 pixels from 256-pixel codes; half of Table 6's 220k steps."""
-    return _diffusion("focus_3b", 512, 110_000, 8, "focus_3b_stage1_tokenizer_512")
+    return _diffusion("focus_3b", 512, 110_000, 2, "focus_3b_stage1_tokenizer_512")
 
 
 def focus_3b_stage1_diffusion_1024() -> Run:
@@ -184,7 +185,7 @@ def focus_3b_stage1_diffusion_1024() -> Run:
 
 def focus_3b_stage2() -> Run:
     """Projector warm-up at 256 pixels, one epoch of 30M; new rows of the token table learn too."""
-    return _stage2("focus_3b", 16, "focus_3b_stage1_diffusion_1024")
+    return _stage2("focus_3b", 8, "focus_3b_stage1_diffusion_1024")
 
 
 def focus_3b_stage3_256() -> Run:
@@ -246,42 +247,42 @@ def focus_300m_stage0_language() -> Run:
 
 def focus_300m_stage1_tokenizer_256() -> Run:
     """As focus_3b's."""
-    return _tokenizer("focus_300m", 256, 136_000, 16, "focus_300m_stage0_language")
+    return _tokenizer("focus_300m", 256, 136_000, 4, "focus_300m_stage0_language")
 
 
 def focus_300m_stage1_tokenizer_512() -> Run:
     """As focus_3b's."""
-    return _tokenizer("focus_300m", 512, 28_000, 8, "focus_300m_stage1_tokenizer_256")
+    return _tokenizer("focus_300m", 512, 28_000, 4, "focus_300m_stage1_tokenizer_256")
 
 
 def focus_300m_stage1_diffusion_512() -> Run:
     """As focus_3b's."""
-    return _diffusion("focus_300m", 512, 110_000, 32, "focus_300m_stage1_tokenizer_512")
+    return _diffusion("focus_300m", 512, 110_000, 2, "focus_300m_stage1_tokenizer_512")
 
 
 def focus_300m_stage1_diffusion_1024() -> Run:
     """As focus_3b's."""
-    return _diffusion("focus_300m", 1024, 110_000, 8, "focus_300m_stage1_diffusion_512")
+    return _diffusion("focus_300m", 1024, 110_000, 2, "focus_300m_stage1_diffusion_512")
 
 
 def focus_300m_stage2() -> Run:
     """As focus_3b's."""
-    return _stage2("focus_300m", 64, "focus_300m_stage1_diffusion_1024")
+    return _stage2("focus_300m", 8, "focus_300m_stage1_diffusion_1024")
 
 
 def focus_300m_stage3_256() -> Run:
     """As focus_3b's."""
-    return _stage3("focus_300m", 256, 16, "focus_300m_stage2")
+    return _stage3("focus_300m", 256, 4, "focus_300m_stage2")
 
 
 def focus_300m_stage3_512() -> Run:
     """As focus_3b's."""
-    return _stage3("focus_300m", 512, 8, "focus_300m_stage3_256")
+    return _stage3("focus_300m", 512, 2, "focus_300m_stage3_256")
 
 
 def focus_300m_stage4() -> Run:
     """As focus_3b's."""
-    return _stage4("focus_300m", 8, "focus_300m_stage3_512")
+    return _stage4("focus_300m", 2, "focus_300m_stage3_512")
 
 
 Make = Callable[[], Run]

@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_TOLD_A_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
 _installed: list[TorchFunctionMode | None] = []
 
 
@@ -31,18 +32,19 @@ class CpuMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Redirect devices; answer `Tensor.type()` with the CUDA name that Megatron compares."""
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")
-        return func(*args, **kwargs)
+        if kwargs:
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func in _TOLD_A_DEVICE:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+                args = (args[0], _CPU, *args[2:])
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _is_cuda(device: object) -> bool:

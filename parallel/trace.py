@@ -172,7 +172,10 @@ class Tracer:
 def _rest(front: nn.Module) -> nn.Module:
     """The front without what is traced by itself."""
     apart = ("vanilla", "hierarchical", "token_embedding")
-    return nn.ModuleDict({n: m for n, m in front.named_children() if n not in apart})
+    rest = nn.ModuleDict({n: m for n, m in front.named_children() if n not in apart})
+    for name, parameter in front.named_parameters(recurse=False):
+        rest.register_parameter(name, parameter)
+    return rest
 
 
 def _table_cost(config: FocusConfig, labelled: int, width: int) -> tuple[float, float, bool]:
