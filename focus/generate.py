@@ -267,7 +267,7 @@ def decode_picture(
         )
     seed = _seeds(seeds, batch, state.hidden.device)
     if sampling.guidance != 1:
-        state = _pair(state, unconditional)
+        state = pair(state, unconditional)
     rows = [
         RowGrammar(vocabulary, bucket, buckets=choices, keep=cells)
         for bucket, cells in zip(buckets, kept, strict=True)
@@ -319,7 +319,8 @@ def _forbidden(choices: Sequence[Choice], span: slice, device: torch.device) -> 
     return forbidden.to(device)
 
 
-def _pair(state: State, unconditional: State | None) -> State:
+def pair(state: State, unconditional: State | None) -> State:
+    """Join both branches of guidance into one batch; raises `GenerationError` without the other."""
     if unconditional is None or unconditional.hidden.shape != state.hidden.shape:
         got = "none" if unconditional is None else f"{unconditional.hidden.shape[0]} rows"
         raise GenerationError(

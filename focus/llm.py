@@ -111,11 +111,46 @@ class KVCache:
             torch.cat([cache.lengths for cache in caches]),
         )
 
-    def _like(self, keys: Tensor, values: Tensor, lengths: Tensor) -> KVCache:
+    def view(self, rows: slice) -> KVCache:
+        """Return a cache over some rows that shares their keys and values, but counts by itself."""
+        new = self._like(self.keys[:, rows], self.values[:, rows], self.lengths[rows], self._bound)
+        new.lengths = new.lengths.clone()
+        return new
+
+    def settle(self, rows: slice, view: KVCache) -> None:
+        """Count what a view of `rows` has appended to them."""
+        self.lengths[rows] = view.lengths
+        self._bound = max(self._bound, view.bound)
+
+    def read(self, row: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values [L, K, N, d] of one row's tokens start..stop."""
+        where = slice(start, stop)
+        return self.keys[:, row, :, where].clone(), self.values[:, row, :, where].clone()
+
+    def write(self, row: int, keys: Tensor, values: Tensor, start: int = 0) -> None:
+        """Let a row end in these tokens, from `start` on: keys, values [L, K, N, d].
+
+        Raises:
+            ShapeError: they do not fit.
+        """
+        stop = start + keys.shape[2]
+        if stop > self.max_length:
+            raise ShapeError(
+                f"at most {self.max_length} tokens in the key/value cache expected, got {stop}; "
+                "build the KVCache with a larger max_length"
+            )
+        self.keys[:, row, :, start:stop] = keys
+        self.values[:, row, :, start:stop] = values
+        self.lengths[row] = stop
+        self._bound = max(self._bound, stop)
+
+    def _like(
+        self, keys: Tensor, values: Tensor, lengths: Tensor, bound: int | None = None
+    ) -> KVCache:
         new = object.__new__(KVCache)
         new.keys, new.values, new.lengths = keys, values, lengths
         new.max_length, new.whole = self.max_length, self.whole
-        new._bound = int(lengths.max())
+        new._bound = int(lengths.max()) if bound is None else bound
         return new
 
 

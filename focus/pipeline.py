@@ -192,10 +192,19 @@ class Pipeline:
             append(self.model, other.state, self.model.front.mask_queries)
         return other.state
 
+    @torch.no_grad()
+    def codes(self, session: Session) -> Codes:
+        """Return the codes of the source pictures, from features that are there already."""
+        features, front = session.features, self.model.front
+        assert session.batch.pictures is not None and features is not None
+        if front.semantic_project is not None:  # the features hold codes in place of pixels
+            return front.tokenize(session.batch.pictures)
+        grid = front.grid_of(session.batch.pictures)
+        return front.tokenizer.encode(features.fused.e_prime, features.pixel, grid)
+
     def _kept(self, session: Session, masks: Sequence[np.ndarray]) -> list[Keep]:
         """Return, for each row, the source's codes and which of them to copy."""
-        assert session.batch.pictures is not None
-        codes = self.model.front.tokenize(session.batch.pictures)
+        codes = self.codes(session)
         return [
             keep_outside(
                 torch.from_numpy(mask),

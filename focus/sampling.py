@@ -80,11 +80,13 @@ def choose(
     top_k: Sequence[int | None],
     seeds: Tensor,
     steps: Tensor,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Draw one id per row; temperature and top_p are those of `sampling`.
 
     logits: [B, V], -inf where not allowed; column j stands for token ids[j], ids [V] int64.
-    top_k: candidates of each row, None for all. seeds, steps: [B] int64, see `gumbel`.
+    top_k: candidates of each row, None for all. seeds, steps: [B] int64, see `gumbel`, whose
+    result [B, V] `noise` is where it was computed ahead.
     Returns ids [B] int64.
     """
     logits = logits.float()
@@ -92,15 +94,17 @@ def choose(
         return ids[logits.argmax(-1)]
     size = logits.shape[1]
     counts = [size if k is None else min(k, size) for k in top_k]
-    noise = gumbel(seeds, steps, ids)
+    if noise is None:
+        noise = gumbel(seeds, steps, ids)
     logits = logits / sampling.temperature
     if min(counts) == size and sampling.top_p == 1:
         return ids[(logits + noise).argmax(-1)]
     num = max(counts)
     best, order = logits.topk(num, dim=-1)
-    rank = torch.arange(num, device=logits.device)
-    limit = torch.tensor(counts, device=logits.device)
-    best = best.masked_fill(rank >= limit[:, None], -torch.inf)
+    if min(counts) < num:
+        rank = torch.arange(num, device=logits.device)
+        limit = torch.tensor(counts, device=logits.device)
+        best = best.masked_fill(rank >= limit[:, None], -torch.inf)
     if sampling.top_p < 1:
         probability = best.softmax(-1)
         before = probability.cumsum(-1) - probability

@@ -1,0 +1,236 @@
+"""Several tokens of a picture per pass of the trunk, with exactly the tokens of one at a time.
+
+A token is the argmax of logits plus noise that depends on seed and position alone, so a guess can
+be checked: a pass reads guesses of the next tokens together, and from its states every guess is
+drawn again as if nothing had been guessed. Guesses count up to the first that differs, and that
+one is replaced by what was drawn; its key and value, and those after it, are forgotten. Whatever
+the guesses were, the picture is the same; good guesses make it cheaper. (Beyond the paper;
+speculative decoding with shared noise.)
+
+The guess of a cell is the source's code there (of an edit most cells stay), or the code above it.
+"""
+
+# b rows, m states that predict, P tokens of the picture, V ids
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.serve.job import Canvas, Chunk, advance, finish, start
+from focus.generate import PICTURE_STEP, Progress
+from focus.grammar import Drawing, RowGrammar
+from focus.model import FocusModel
+from focus.sampling import Sampling, choose, guide
+from focus.vocabulary import Vocabulary
+
+
+class SpeculativeJob:
+    """Writes one picture per row, up to `width` tokens per pass; rows move at their own pace.
+
+    drafts: a picture that resembles each row's, or None. `passes` counts calls of the trunk.
+    """
+
+    def __init__(
+        self,
+        model: FocusModel,
+        vocabulary: Vocabulary,
+        seeds: Tensor,
+        canvases: Sequence[Canvas],
+        *,
+        sampling: Sampling,
+        drafts: Sequence[Drawing | None],
+        width: int,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._model, self._seeds, self._sampling = model, seeds, sampling
+        self._canvases, self._width, self._callback = list(canvases), width, callback
+        self._vocabulary = vocabulary
+        self._branches = 1 if sampling.guidance == 1 else 2
+        self.rows = self._branches * len(canvases)
+        self._guesses = [
+            _Guesses(canvas, draft, vocabulary)
+            for canvas, draft in zip(canvases, drafts, strict=True)
+        ]
+        self._picked: list[list[int]] = [[] for _ in canvases]
+        self._counts = [1] * len(canvases)  # states of the last pass that predict, per row
+        self._watched: list[RowGrammar] | None = None
+        self.passes = 0
+        self.done = not any(canvas.plan.free for canvas in canvases)
+
+    @property
+    def heads(self) -> Sequence[slice]:
+        """The codes of the levels that a row may draw next."""
+        levels = self._vocabulary.level_ids
+        spans = []
+        for row, canvas in enumerate(self._canvases):
+            drawn = len(self._picked[row])
+            spans += [levels[n] for n in canvas.plan.levels[drawn : drawn + self._counts[row]]]
+        return (slice(min(s.start for s in spans), max(s.stop for s in spans)),)
+
+    def begin(self) -> Chunk | None:
+        """Read the tags, the tokens before the first free cell, and the first guesses."""
+        if self.done:
+            return None
+        starts = [0] * len(self._canvases)
+        return self._chunk(starts, back=None)
+
+    def feed(self, logits: Tensor | None) -> Chunk | None:
+        """Draw again what was guessed, keep the guesses that hold, guess on."""
+        assert logits is not None
+        drawn = self._draw(logits)
+        back = [0] * len(self._canvases)
+        starts = [0] * len(self._canvases)
+        for row, canvas in enumerate(self._canvases):
+            first, free = len(self._picked[row]), canvas.plan.free
+            if first >= len(free):
+                starts[row] = len(canvas.plan.tokens)
+                continue
+            read, guesses = self._end(row), self._guesses[row]
+            guessed = guesses.tokens[first : first + self._counts[row]]  # as they were read
+            for number in range(first, first + self._counts[row]):
+                token = drawn[row][number - first]
+                guesses.put(number, token)
+                self._picked[row].append(token)
+                starts[row] = free[number]
+                if guessed[number - first] != token:
+                    break
+            # the last token drawn was not read, or read wrongly: forget from it on
+            back[row] = max(0, read - starts[row])
+        if self._callback is not None:
+            self._watch(self._callback)
+        self.done = all(
+            len(picked) == len(canvas.plan.free)
+            for picked, canvas in zip(self._picked, self._canvases, strict=True)
+        )
+        return None if self.done else self._chunk(starts, back)
+
+    def drawings(self) -> list[Drawing]:
+        """Return the finished pictures; the grammar checks every token of them."""
+        return [
+            finish(canvas.plan, self._vocabulary, picked)
+            for canvas, picked in zip(self._canvases, self._picked, strict=True)
+        ]
+
+    def _end(self, row: int) -> int:
+        """Position after the last token of a row that is in the cache."""
+        plan = self._canvases[row].plan
+        number = len(self._picked[row]) + self._counts[row] - 1  # free token that the pass predicts
+        return plan.free[number]
+
+    def _draw(self, logits: Tensor) -> list[list[int]]:
+        num, width = len(self._canvases), logits.shape[1]
+        (span,) = self.heads
+        logits = logits.flatten(0, 1)
+        if self._branches == 2:
+            half = num * width
+            logits = guide(logits[:half], logits[half:], self._sampling.guidance)
+        steps, top_k = [], []
+        forbidden = torch.zeros(num * width, span.stop - span.start, dtype=torch.bool)
+        for row, canvas in enumerate(self._canvases):
+            for offset in range(width):
+                number = len(self._picked[row]) + offset
+                inside = offset < self._counts[row] and number < len(canvas.plan.free)
+                level = canvas.plan.levels[number] if inside else None
+                steps.append(PICTURE_STEP + (canvas.plan.free[number] if inside else 0))
+                top_k.append(1 if level is None else self._sampling.top_k[level])
+                if level is not None:
+                    own = self._vocabulary.level_ids[level]
+                    banned = forbidden[row * width + offset]
+                    banned[: own.start - span.start] = True
+                    banned[own.stop - span.start :] = True
+        if bool(forbidden.any()):
+            logits = logits.masked_fill(forbidden.to(logits.device), -torch.inf)
+        device = logits.device
+        ids = torch.arange(span.start, span.stop, device=device)
+        seeds = self._seeds.repeat_interleave(width)
+        at = torch.tensor(steps, device=device)
+        found = choose(logits, ids, self._sampling, top_k, seeds, at)
+        return [[int(token) for token in row] for row in found.view(num, width).tolist()]
+
+    def _chunk(self, starts: Sequence[int], back: Sequence[int] | None) -> Chunk:
+        """Read each row from `starts` up to before its last guessable free token."""
+        embedded, at, lengths = [], [], []
+        for row, canvas in enumerate(self._canvases):
+            free, drawn = canvas.plan.free, len(self._picked[row])
+            self._counts[row] = max(1, min(self._width, len(free) - drawn))
+            if drawn == len(free):
+                embedded.append(canvas.forced[:0])
+                at.append([0] * self._width)
+                lengths.append(0)
+                continue
+            end = free[drawn + self._counts[row] - 1]
+            embedded.append(self._embed(row, slice(starts[row], end)))
+            where = [free[drawn + n] - starts[row] - 1 for n in range(self._counts[row])]
+            at.append(where + [where[-1]] * (self._width - len(where)))
+            lengths.append(end - starts[row])
+        device, repeat = self._seeds.device, self._branches
+        width = max(self._counts)
+        self.passes += 1
+        return Chunk(
+            embeddings=torch.nn.utils.rnn.pad_sequence(embedded, True).repeat(repeat, 1, 1),
+            lengths=torch.tensor(lengths, device=device).repeat(repeat),
+            at=torch.tensor(at, device=device)[:, :width].repeat(repeat, 1),
+            back=None if back is None else [*back] * repeat,
+        )
+
+    def _embed(self, row: int, span: slice) -> Tensor:
+        """Embed tokens, drawn and guessed ones among the forced."""
+        canvas, guesses = self._canvases[row], self._guesses[row]
+        numbers = list(guesses.between(span))
+        embedded = canvas.forced[span]
+        if numbers:
+            tokens = torch.tensor([guesses.tokens[n] for n in numbers], device=embedded.device)
+            where = torch.tensor([canvas.plan.free[n] for n in numbers], device=embedded.device)
+            new = self._model.front.token_embedding(tokens)
+            if canvas.offset is not None:
+                new = new + canvas.offset[where]
+            embedded = embedded.index_copy(0, where - span.start, new.to(embedded.dtype))
+        return embedded
+
+    def _watch(self, callback: Callable[[Progress], None]) -> None:
+        if self._watched is None:
+            self._watched = [start(c.plan, self._vocabulary) for c in self._canvases]
+        for grammar, canvas, picked in zip(
+            self._watched, self._canvases, self._picked, strict=True
+        ):
+            written = sum(position < grammar.step for position in canvas.plan.free)
+            for token in picked[written:]:
+                grammar.push(token)
+                advance(grammar, canvas.plan)
+        callback(Progress(rows=self._watched))
+
+
+class _Guesses:
+    """Drawn tokens of a row, and guesses where none is drawn yet, by number of the free token."""
+
+    def __init__(self, canvas: Canvas, draft: Drawing | None, vocabulary: Vocabulary) -> None:
+        plan = canvas.plan
+        self._free = plan.free
+        self._below: list[int | None] = []  # free token whose guess is this one's code
+        cells = [tuple(cell) for cell in plan.cells[list(plan.free)].tolist()]
+        numbers = {cell: number for number, cell in enumerate(cells)}
+        self.tokens: list[int] = []
+        self._sure = draft is not None
+        first = [ids.start for ids in vocabulary.level_ids]
+        for level, row, column in cells:
+            token = first[level]
+            if draft is not None:
+                codes = (draft.semantic, draft.pixel)[level]
+                token += int(codes[row, column])
+            self.tokens.append(token)
+            self._below.append(numbers.get((level, row + 1, column)))
+
+    def between(self, span: slice) -> range:
+        """Numbers of the free tokens in a span of positions."""
+        inside = [n for n, position in enumerate(self._free) if span.start <= position < span.stop]
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+    def put(self, number: int, token: int) -> None:
+        """Set a drawn token; without a draft it is the guess of the cell below as well."""
+        self.tokens[number] = token
+        below = self._below[number]
+        if below is not None and not self._sure:
+            self.tokens[below] = token
