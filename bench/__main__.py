@@ -6,7 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = {"__init__", "__main__", "timer", "report", "peers"}
+NOT_BENCHMARKS = {"__init__", "__main__", "timer", "report", "peers", "decoding"}
 
 
 def names() -> list[str]:
