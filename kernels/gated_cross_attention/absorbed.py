@@ -72,7 +72,8 @@ def attend(rows: Tensor, features: Tensor, bias: Tensor | None) -> tuple[Tensor,
     A row without a single allowed token gives context 0 and lse +inf.
     """
     if rows.device.type == "cpu" and bias is None:
-        q, kv = rows[:, None], features[:, None]
+        # The raw operator reads the last axis as if it were dense, and a map's tokens are not.
+        q, kv = rows[:, None].contiguous(), features[:, None].contiguous()
         context, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, kv, kv, 0.0, False, scale=1.0
         )
