@@ -13,7 +13,7 @@ from engine.runs import find_run
 from engine.sectioned import sectioned
 from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro, Stage, find_stage
-from focus.config import CONFIGS, FocusConfig
+from focus.config import CONFIGS, FocusConfig, focus_tiny
 from focus.model import FocusModel
 from parallel.layout import ParallelConfig
 from parallel.sections import Handover, TableHead
@@ -36,7 +36,12 @@ def config() -> FocusConfig:
             image_size=(64, 64),
             codebook=dataclasses.replace(CONFIG.pixel.codebook, num_codes=1024),
         ),
-        llm=dataclasses.replace(CONFIG.llm, vocab_size=2048, max_length=768),
+        llm=dataclasses.replace(
+            CONFIG.llm,
+            vocab_size=2048,
+            max_length=768,
+            visual_gain=focus_tiny().llm.visual_gain,
+        ),
     )
 
 
