@@ -1,11 +1,13 @@
-"""Loading pictures: ours (DALI, PIL) against torch's DataLoader and webdataset, on the same shards.
+"""Loading pictures: ours (PIL, DALI) against torch's DataLoader and webdataset, on the same shards.
 
-    python -m bench.data [--json FILE] [--samples 400] [--rounds 5] [--memory 50000]
+    python -m bench data [--json FILE] [--samples 400] [--rounds 5] [--memory 50000]
 
 Every loader does the same work: decode a picture once, crop it to its bucket, resample it to the
-768 x 768 frame and to the bucket's ViT size, sample its mask map into the frame. Loaders run in
-turns in one process tree; what is printed is the median over the rounds of the CPU time of all
-processes (user and system) and of the wall clock.
+768 x 768 frame, to the bucket's pixel copy and to its ViT copy, sample its mask map into the frame.
+That the copies are equal is checked before anything is timed. Loaders run in turns in one process
+tree; what is printed is the median over the rounds of the CPU time of all processes (user and
+system) and of the wall clock. The peers are PIL as a careful user writes it; ours also checks every
+sample, reads by position and builds records.
 """
 
 from __future__ import annotations
@@ -30,28 +32,31 @@ from PIL import Image as Pillow
 from engine.data.loader import Loader, Settings
 from engine.data.manifest import Dataset, Manifest
 from engine.data.mixture import Mixture, Part
-from engine.data.pil import Copies, Work, copies, open_decoder
+from engine.data.pil import open_decoder
 from engine.data.schema import Item, encode
 from engine.data.shards import ShardWriter, bucket_number, make_row
-from engine.data.views import bucket_sizes, make_view
+from engine.data.views import Sizes, bucket_sizes, make_view
 
 FRAME = (768, 768)
 BATCH = 16
 WORKERS = 2
+SAME = 1.0  # levels of 255, on average, by which two loaders' copies may differ
 SIZES = ((640, 480), (480, 640), (768, 1024), (600, 800), (960, 640), (512, 512), (700, 1240))
 # Samples a second that an 8-GPU node asks for, at the batch of Table 6 and a step every second.
 NODE_BATCH = {"tokenizer": 256, "diffusion": 128, "warmup": 512, "pretrain": 128, "instruct": 256}
 
 
-def write_shards(folder: Path, samples: int, seed: int = 0) -> None:
+def write_shards(folder: Path, samples: int, seed: int = 0, shrink: int = 1) -> None:
     """Photographs in all but subject: smooth shapes under noise, JPEG 90, a mask each."""
     rng = np.random.default_rng(seed)
     infos = []
     for shard in range(4):
         writer = ShardWriter(folder, f"{shard:05d}")
         for number in range(samples // 4):
-            size = SIZES[int(rng.integers(len(SIZES)))]
-            coarse = rng.integers(0, 255, (size[0] // 24, size[1] // 24, 3), dtype=np.uint8)
+            height, width = SIZES[int(rng.integers(len(SIZES)))]
+            size = height // shrink, width // shrink
+            rough = 1 + size[0] // 24, 1 + size[1] // 24, 3
+            coarse = rng.integers(0, 255, rough, dtype=np.uint8)
             image = np.asarray(
                 Pillow.fromarray(coarse).resize(size[::-1], Pillow.Resampling.BICUBIC)
             )
@@ -77,20 +82,64 @@ def write_shards(folder: Path, samples: int, seed: int = 0) -> None:
     )
 
 
-def plan(data: bytes, mask: bytes | None) -> Work | None:
-    """What the peers do to one sample; None past the crop rule."""
-    with Pillow.open(io.BytesIO(data)) as opened:
-        width, height = opened.size
-    number = bucket_number(height, width)
+def by_pil(data: bytes, mask: bytes) -> tuple[Any, ...] | None:
+    """What a careful peer does to one sample with PIL alone; None past the crop rule.
+
+    One decode, three resamplings of the crop, the frame letterboxed in white, the mask into it.
+    """
+    opened = Pillow.open(io.BytesIO(data))
+    number = bucket_number(opened.height, opened.width)
     if number < 0:
         return None
-    return Work(data, make_view((height, width), bucket_sizes(number, FRAME)), mask)
+    view = make_view((opened.height, opened.width), bucket_sizes(number, FRAME))
+    top, left, bottom, right = view.box
+    box, corner = (left, top, right, bottom), view.offset[::-1]
+    picture = opened if opened.mode == "RGB" else opened.convert("RGB")
+
+    def cut(size: tuple[int, int]) -> Pillow.Image:
+        return picture.resize(size[::-1], Pillow.Resampling.BICUBIC, box)
+
+    frame = Pillow.new("RGB", FRAME[::-1], "white")
+    frame.paste(cut(view.content), corner)
+    levels = Pillow.new("L", FRAME[::-1])
+    found = Pillow.open(io.BytesIO(mask))
+    levels.paste(found.resize(view.content[::-1], Pillow.Resampling.NEAREST, box), corner)
+    copies = (frame, cut(view.sizes.vit), cut(view.sizes.pixel))
+    return *map(np.asarray, copies), np.asarray(levels) == 1
 
 
-def ours(folder: Path, decoder: str, count: int) -> Iterator[int]:
-    """Our loader: reading in a thread, DALI's threads decode."""
+def check_equal(folder: Path, names: list[str], count: int = 8) -> dict[str, float]:
+    """Mean difference, in levels of 255, of every decoder's copies from the peers'.
+
+    Raises: RuntimeError when the work is not the same.
+    """
+    mixed = Mixture([Part(dataset=str(folder), task="class", weight=1, size=count)])
+    dataset = mixed.datasets[str(folder)]
+    found: dict[str, float] = {}
+    for name in names:
+        loaded = Loader(mixed, open_decoder(name, 1), Settings(frame=FRAME)).load(mixed.pick(0))
+        apart = []
+        for number, record, copies in zip(
+            loaded.pick.slot.numbers.tolist(), loaded.records, loaded.pictures, strict=True
+        ):
+            encoded = dataset.read(number)
+            theirs = by_pil(encoded.need(""), encoded.members["map.png"])
+            assert theirs is not None and copies is not None
+            for mine, other in zip((copies.frame, copies.vit, copies.pixel), theirs, strict=False):
+                apart.append(float(np.abs(mine.astype(int) - other).mean()))
+            apart.append(255 * float((record.masks[0] != theirs[3]).mean()))
+        found[name] = max(apart)
+        if found[name] > SAME:
+            raise RuntimeError(f"{name}: copies within {SAME} levels expected, got {found[name]}")
+    return found
+
+
+def ours(folder: Path, decoder: str, count: int, frame: tuple[int, int] = FRAME) -> Iterator[int]:
+    """Our loader: reading in a thread, decoding in two others."""
     mixed = Mixture([Part(dataset=str(folder), task="class", weight=1, size=BATCH)])
-    loader = Loader(mixed, open_decoder(decoder, WORKERS), Settings(frame=FRAME))
+    sizes = None if frame == FRAME else Sizes(frame=frame, vit=frame, pixel=frame)
+    settings = Settings(frame=frame, sizes=sizes)
+    loader = Loader(mixed, open_decoder(decoder, WORKERS), settings)
     seen = 0
     for loaded in loader.run():
         seen += len(loaded.records)
@@ -110,14 +159,7 @@ class Rows:
 
     def __getitem__(self, number: int) -> tuple[Any, ...] | None:
         encoded = self.dataset.read(number)
-        work = plan(encoded.need(""), encoded.members.get("map.png"))
-        return None if work is None else arrays(copies(work))
-
-
-def arrays(found: Copies) -> tuple[Any, ...]:
-    """What ours hands over too: three copies and the mask."""
-    assert found.map is not None
-    return found.frame, found.vit, found.pixel, found.map == 1
+        return by_pil(encoded.need(""), encoded.members["map.png"])
 
 
 def keep(rows: list[Any]) -> list[Any]:
@@ -139,8 +181,7 @@ def web_loader(folder: Path, count: int) -> Iterator[int]:
     from torch.utils.data import DataLoader
 
     def decode(sample: dict[str, Any]) -> tuple[Any, ...] | None:
-        work = plan(sample["jpg"], sample.get("map.png"))
-        return None if work is None else arrays(copies(work))
+        return by_pil(sample["jpg"], sample["map.png"])
 
     webdataset: Any = importlib.import_module("webdataset")
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -150,8 +191,8 @@ def web_loader(folder: Path, count: int) -> Iterator[int]:
 
 
 LOADERS: dict[str, tuple[bool, Callable[[Path, int], Iterator[int]], tuple[str, ...]]] = {
-    "focus + DALI": (False, lambda f, n: ours(f, "dali", n), ("nvidia.dali",)),
     "focus + PIL": (False, lambda f, n: ours(f, "pil", n), ()),
+    "focus + DALI": (False, lambda f, n: ours(f, "dali", n), ("nvidia.dali",)),
     "torch DataLoader + PIL": (True, torch_loader, ()),
     "webdataset + PIL": (True, web_loader, ("webdataset",)),
 }
@@ -183,11 +224,12 @@ def measure(folder: Path, name: str, samples: int) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and its living children."""
+    """User and system time of this process and of its children, living or ended."""
     import psutil
 
     own = psutil.Process()
-    return sum(sum(p.cpu_times()[:2]) for p in (own, *own.children(recursive=True)))
+    living = sum(sum(child.cpu_times()[:2]) for child in own.children(recursive=True))
+    return sum(own.cpu_times()[:4]) + living
 
 
 def available(name: str) -> bool:
@@ -216,13 +258,23 @@ def compare(folder: Path, samples: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def memory(folder: Path, count: int) -> tuple[float, float]:
-    """Resident MiB after the first tenth and at the end of `count` samples through our loader."""
+def memory(count: int) -> tuple[float, float]:
+    """Resident MiB after the first tenth and at the end of `count` samples through our loader.
+
+    The pictures are an eighth as wide as the others, so that many samples take minutes, not hours.
+    """
     import psutil
 
     process = psutil.Process()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_shards(Path(scratch), 400, shrink=8)
+        stream = ours(Path(scratch), "auto", count, (64, 64))
+        return _watch(stream, count, process)
+
+
+def _watch(stream: Iterator[int], count: int, process: Any) -> tuple[float, float]:
     seen, early = 0, 0.0
-    for size in ours(folder, "auto", count):
+    for size in stream:
         seen += size
         if not early and seen >= count / 10:
             early = process.memory_info().rss / 2**20
@@ -273,10 +325,14 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.shards or Path(scratch)
         if args.shards is None:
             write_shards(folder, args.samples)
+        decoders = ["pil"] + ["dali"] * available("focus + DALI")
+        apart = check_equal(folder, decoders)
         rows = compare(folder, args.samples, args.rounds)
-        lines = [*report(rows), f"resume: {resume_seconds(folder) * 1000:.1f} ms at any position"]
+        told = ", ".join(f"{name} {value:.2f}" for name, value in apart.items())
+        lines = [f"largest mean difference from the peers' copies, of 255: {told}"]
+        lines += [*report(rows), f"resume: {resume_seconds(folder) * 1000:.1f} ms at any position"]
         if args.memory:
-            early, late = memory(folder, args.memory)
+            early, late = memory(args.memory)
             lines.append(f"memory over {args.memory} samples: {early:.0f} -> {late:.0f} MiB")
     print("\n".join(lines))
     if args.json is not None:

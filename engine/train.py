@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from engine.data.feed import Drawn, take_drawn
+from engine.data.ledger import Ledger
 from engine.monitor import Monitor
 from engine.run import Run, RunError, derive_seed, to_json
 from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
@@ -71,7 +73,8 @@ def train(
         engine = build_engine(run, stage, mesh)
         folder = CheckpointFolder(out_dir / "checkpoints", run.keep)
         messages: list[str] = []
-        start = _restore(run, stage, engine, folder, mesh, resume, messages.append)
+        ledger = Ledger(run, out_dir, mesh)
+        start = _restore(run, stage, engine, folder, mesh, resume, messages.append, ledger)
         last = min(run.steps, until or run.steps)
         monitor = Monitor(
             out_dir,
@@ -85,7 +88,7 @@ def train(
         try:
             for message in messages:
                 monitor.say(message)
-            step = _loop(run, stage, engine, folder, mesh, monitor, start, last, stop)
+            step = _loop(run, stage, engine, folder, mesh, monitor, start, last, stop, ledger)
         except BaseException as error:
             # Frees the data loader now: its workers ignore signals and would outlive the error.
             traceback.clear_frames(error.__traceback__)
@@ -124,14 +127,15 @@ def _loop(
     start: int,
     last: int,
     stop: Callable[[], bool],
+    ledger: Ledger,
 ) -> int:
     """Do steps start..last-1; return how many are done in all."""
     engine.model.train()
-    batches = step_batches(run, stage, mesh, start, last)
+    batches = step_batches(ledger.planned(), stage, mesh, start, last)
     step, saved, skipped = start, start if folder.steps() else -1, 0
     while step < last and not mesh.any(stop()):
         began = time.monotonic()
-        micros = [_to(batch, mesh.device) for batch in next(batches)]
+        micros = _to(ledger.count(*next(batches)), mesh.device)
         waited = time.monotonic() - began
         try:
             report = engine.step(step, micros, StepWork(run, stage, step, mesh))
@@ -154,15 +158,18 @@ def _loop(
         }
         if skipped:
             facts["skipped"] = float(skipped)
+        if mesh.size == 1 or step % run.log_every == 0 or step == last:
+            ledger.settle(step)
+        facts |= ledger.facts()
         known = {name: value for name, value in facts.items() if math.isfinite(value)}
         monitor.step(step, report.terms, known)
         if step % run.save_every == 0 and step < last:
-            save(run, stage, engine, folder, mesh, step)
+            save(run, stage, engine, folder, mesh, step, ledger)
             saved = step
         if run.panel_every and (step % run.panel_every == 0 or step == last) and mesh.leader:
             _panel(stage, engine.model, monitor, step)
     if saved != step and step:  # before the first step the optimizer has no state to save
-        save(run, stage, engine, folder, mesh, step)
+        save(run, stage, engine, folder, mesh, step, ledger)
     if step < last:
         kept = f"saved {folder.path(step)}" if step else "nothing to save yet"
         monitor.say(f"stopped by a signal after step {step}; {kept}")
@@ -170,9 +177,16 @@ def _loop(
 
 
 def save(
-    run: Run, stage: Stage, engine: Engine, folder: CheckpointFolder, mesh: Mesh, step: int
+    run: Run,
+    stage: Stage,
+    engine: Engine,
+    folder: CheckpointFolder,
+    mesh: Mesh,
+    step: int,
+    ledger: Ledger,
 ) -> None:
     """Publish a checkpoint of step N: weights, optimizer, counters, the run itself."""
+    ledger.settle(step)
 
     def write(path: Path) -> None:
         engine.save(path)
@@ -183,6 +197,7 @@ def save(
             "data_size": mesh.data_size,
             "run": to_json(run),
             "stage": stage.state(),
+            "data": ledger.state(),
         }
         (path / "state.json").write_text(json.dumps(state, indent=1) + "\n")
 
@@ -197,6 +212,7 @@ def _restore(
     mesh: Mesh,
     resume: bool,
     say: Callable[[str], None],
+    ledger: Ledger,
 ) -> int:
     """Load the newest sound checkpoint; return the step to do next."""
     if not resume and folder.steps():
@@ -217,6 +233,7 @@ def _restore(
     if found is None:
         return 0
     step, state = found
+    ledger.resume(state.get("data", {}), step, int(state["data_size"]))
     new = json.loads(json.dumps(to_json(run)))
     changed = sorted(k for k in new if new[k] != state["run"].get(k))
     say(f"resuming after step {step}" + (f"; changed since: {', '.join(changed)}" * bool(changed)))
@@ -289,19 +306,29 @@ class StepDataset(Dataset[list[Any]]):
         return found
 
 
+class CountedDataset(StepDataset):
+    """The same, with the samples that were read and left out."""
+
+    def __getitem__(self, step: int) -> Any:
+        return super().__getitem__(step), take_drawn()
+
+
 def step_batches(
     run: Run, stage: Stage, mesh: Mesh, start: int, last: int
-) -> Iterator[Sequence[Any]]:
-    """Yield the micro-batches of steps start..last-1, prepared ahead in worker processes."""
-    dataset = StepDataset(run, stage, mesh.data_rank, mesh.data_size)
-    loader: DataLoader[list[Any]] = DataLoader(
-        dataset,
+) -> Iterator[tuple[Sequence[Any], Drawn]]:
+    """Yield the micro-batches of steps start..last-1, prepared ahead in worker processes.
+
+    For a GPU a thread copies them to pinned memory.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        CountedDataset(run, stage, mesh.data_rank, mesh.data_size),
         batch_size=None,
         sampler=range(start, last),
         num_workers=run.workers,
         prefetch_factor=2 if run.workers else None,
         worker_init_fn=_ignore_signals,
         collate_fn=_same,
+        pin_memory=mesh.device.type == "cuda",
     )
     return iter(loader)
 
@@ -311,7 +338,7 @@ def _same(item: Any) -> Any:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave a signal to the process group to the training process, which finishes its step."""
+    """Leave signals to the training process, which finishes its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

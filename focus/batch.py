@@ -8,9 +8,10 @@ picture, `condition` which candidate (class, expression or region) a text positi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class Pictures:
     hierarchical: Tensor  # [B, 3, h, w]
     pixel: Tensor  # [B, 3, h, w]
 
+    def pin_memory(self) -> Pictures:
+        """Copy to page-locked memory; torch's DataLoader calls it."""
+        return pin(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -68,13 +73,29 @@ class Batch:
         """Move every tensor; `dtype` converts floating tensors only."""
         return move(self, device, dtype)
 
+    def pin_memory(self) -> Batch:
+        """Copy to page-locked memory, so that `to` need not wait; torch's DataLoader calls it."""
+        return pin(self)
+
 
 def move(value: T, device: torch.device | str, dtype: torch.dtype | None = None) -> T:
     """Move every tensor of a (nested) dataclass; `dtype` converts floating tensors only."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)  # type: ignore[return-value]
+        wanted = dtype if value.is_floating_point() else None
+        return value.to(device, wanted, non_blocking=value.is_pinned())  # type: ignore[return-value]
+    return _each(value, lambda part: move(part, device, dtype))
+
+
+def pin(value: T) -> T:
+    """Copy every tensor of a (nested) dataclass to page-locked memory."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()  # type: ignore[return-value]
+    return _each(value, pin)
+
+
+def _each(value: T, change: Callable[[Any], Any]) -> T:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in dataclasses.fields(value)]
-        moved = {name: move(getattr(value, name), device, dtype) for name in names}
-        return dataclasses.replace(value, **moved)
+        changed = {name: change(getattr(value, name)) for name in names}
+        return dataclasses.replace(value, **changed)
     return value

@@ -6,14 +6,18 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.commands import options
+
+if TYPE_CHECKING:
+    from engine.data.convert.driver import Job
 
 HELP = "convert datasets to shards, check them, look at them, tokenise them"
 EXAMPLES = (
     "focus data convert --list",
     "focus data convert refcoco /data/refer --out shards/refcoco --workers 8",
+    "focus data world focus_tiny_stage3 --out shards/world --samples 2000",
     "focus data validate shards/refcoco --deny",
     "focus data inspect shards/refcoco --out out/refcoco",
     "focus data encode shards/refcoco --model focus-tiny",
@@ -21,7 +25,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the four actions and their arguments."""
+    """Declare the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     convert = actions.add_parser("convert", help="write a dataset's samples into shards")
     convert.add_argument("format", metavar="FORMAT", nargs="?", help="see --list")
@@ -39,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _whole(convert, "--limit", 0, 10**12, 0, "stop after so many source samples, 0 = all")
     convert.add_argument("--rle", action="store_true", help="masks as RLE, not as PNG maps")
     options.add_output(convert, "shards")
+    world = actions.add_parser("world", help="write a run's scenes of the built-in world")
+    world.add_argument("run", metavar="RUN", nargs="+", help="runs that draw records")
+    _whole(world, "--samples", 0, 10**9, 0, "at most so many of each task, 0 = what the runs draw")
+    _whole(world, "--per-shard", 1, 1_000_000, 1000, "samples per shard")
+    _whole(world, "--workers", 1, 512, 1, "processes")
+    options.add_output(world, "shards/world")
     validate = actions.add_parser("validate", help="decode every sample; name the broken ones")
     validate.add_argument("shards", metavar="SHARDS", type=Path)
     validate.add_argument("--deny", action="store_true", help="leave the broken ones out from now")
@@ -72,7 +82,13 @@ def _whole(
 
 def run(args: argparse.Namespace) -> int:
     """Carry the action out."""
-    actions = {"convert": _convert, "validate": _validate, "inspect": _inspect, "encode": _encode}
+    actions = {
+        "convert": _convert,
+        "world": _world,
+        "validate": _validate,
+        "inspect": _inspect,
+        "encode": _encode,
+    }
     return actions[args.action](args)
 
 
@@ -89,7 +105,7 @@ def _bar(total: int | None, unit: str) -> tuple[Callable[[int], None], Callable[
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from engine.data.convert.driver import Job, convert
+    from engine.data.convert.driver import Job
     from engine.data.convert.format import Options
     from engine.data.convert.registry import FORMATS
 
@@ -117,13 +133,37 @@ def _convert(args: argparse.Namespace) -> int:
             frames=args.frames,
         ),
     )
+    return _carry_out(job, args)
+
+
+def _world(args: argparse.Namespace) -> int:
+    from engine.commands.train import find_runs
+    from engine.data.convert.driver import Job
+    from engine.data.world import join_plans, plan_of
+
+    runs = [run for name in args.run for run in find_runs(name)]
+    join_plans([plan_of(run, args.samples or None) for run in runs]).write(args.out)
+    job = Job(
+        format="world",
+        source=args.out,
+        out=args.out,
+        licence="Apache-2.0",
+        per_shard=args.per_shard,
+        workers=args.workers,
+    )
+    return _carry_out(job, args)
+
+
+def _carry_out(job: Job, args: argparse.Namespace) -> int:
+    from engine.data.convert.driver import convert
+
     go, close = _bar(None, "sample")
     try:
         manifest = convert(job, lambda seen, _: go(seen))
     finally:
         close()
     report = {
-        "command": "data convert",
+        "command": f"data {args.action}",
         "out": args.out,
         "samples": manifest.samples,
         "shards": len(manifest.shards),

@@ -162,7 +162,7 @@ class DaliDecoder:
 
 def _check(work: Work) -> BadSample | None:
     try:
-        header = check_picture(work.picture)
+        header = work.header or check_picture(work.picture)
         check_box(work.view, (header.height, header.width))
         if work.map is not None:
             own = check_picture(work.map)

@@ -50,6 +50,10 @@ class BadSample(DataError):
         self.text = text
         self.key = key
 
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str]]:
+        """Pickle by what it was made of: workers hand it to the training process."""
+        return BadSample, (self.reason, self.text, self.key)
+
     def named(self, key: str) -> BadSample:
         """The same, with the sample's key."""
         return BadSample(self.reason, self.text, key)
@@ -114,13 +118,17 @@ def _check_end(kind: str, data: bytes) -> None:
         raise BadSample("truncated", f"the end of the {kind} is missing ({len(data)} bytes)")
 
 
-def decode_picture(data: bytes) -> Image:
-    """Decode to upright RGB uint8 [H, W, 3] after `check_picture`; raises `BadSample`."""
-    check_picture(data)
+def decode_picture(data: bytes, header: Header | None = None) -> Image:
+    """Decode to upright RGB uint8 [H, W, 3]; raises `BadSample`.
+
+    `header` is what `check_picture` said of the same bytes, which then are not checked again.
+    """
+    turned = (header or check_picture(data)).turned
     try:
         with Pillow.open(io.BytesIO(data)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            return np.asarray(upright.convert("RGB"))
+            upright = ImageOps.exif_transpose(opened) if turned else opened
+            # Both calls copy the whole picture, so they are left out where nothing would change.
+            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except Exception as error:
         raise BadSample("undecodable", f"{type(error).__name__}: {error}") from error
 

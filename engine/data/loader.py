@@ -84,6 +84,7 @@ class _Draft:
     target: int = -1
     masks: list[tuple[int, ...]] = field(default_factory=list)
     codes: SampleCodes | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 class Loader:
@@ -122,7 +123,8 @@ class Loader:
         for draft in drafts:
             try:
                 pair = _pick(done, draft.picture), _pick(done, draft.target)
-                records.append(make_record(draft.encoded, draft.texts, *pair, draft.masks))
+                told = draft.texts, draft.turns
+                records.append(make_record(draft.encoded, *told, *pair, draft.masks))
                 kept.append((draft, *pair))
             except BadSample as error:
                 lost.append(error.named(draft.encoded.key))
@@ -135,7 +137,7 @@ class Loader:
             pictures=tuple(picture for _, picture, _ in kept),
             targets=tuple(target for _, _, target in kept),
             codes=tuple(draft.codes for draft, _, _ in kept),
-            turns=tuple(_turns(draft.encoded) for draft, _, _ in kept),
+            turns=tuple(draft.turns for draft, _, _ in kept),
             lost=len(lost),
         )
 
@@ -150,12 +152,11 @@ class Loader:
         try:
             wordings = [str(says.get("text", "")), *map(str, says.get("texts", ()))]
             texts = wordings[int(rng.integers(len(wordings)))], str(says.get("answer", ""))
-            draft = _Draft(encoded, texts)
+            draft = _Draft(encoded, texts, turns=_turns(encoded))
             if says["task"] == "text":
                 return draft
             if says["task"] == "video":
-                encoded = still(encoded, int(rng.integers(int(says["frames"]))))
-                draft = _Draft(encoded, texts)
+                draft.encoded = still(encoded, int(rng.integers(int(says["frames"]))))
             draft.codes = codes
             return self._plan(draft, pick, int(rng.integers(1 << 62)), works)
         except BadSample as error:
@@ -183,20 +184,24 @@ class Loader:
             crop=settings.crop,
             augment=NO_AUGMENT if draft.codes else settings.augment,
             seed=None if draft.codes else seed,
-            flippable=may_flip(*draft.texts, *encoded.says.get("classes", ())),
+            flippable=may_flip(
+                *draft.texts, *encoded.says.get("classes", ()), *(said for _, said in draft.turns)
+            ),
         )
         draft.view = view
         if view.flip:
             draft.texts = mirror_text(draft.texts[0]), mirror_text(draft.texts[1])
+            draft.turns = tuple((role, mirror_text(said)) for role, said in draft.turns)
         layers, draft.masks = read_layers(encoded, size)
         header = None if layers is None else check_picture(layers)
-        for name, data in zip(names, datas, strict=True):
+        for name, data, own in zip(names, datas, headers, strict=True):
             first = name == names[0]
             if first:
                 draft.picture = len(works)
             else:
                 draft.target = len(works)
-            works.append(Work(data, view, layers if first else None, header.bits if header else 8))
+            bits = header.bits if header else 8
+            works.append(Work(data, view, layers if first else None, bits, own))
         if names == ["target"]:
             draft.picture, draft.target = -1, draft.picture
         return draft
@@ -269,6 +274,24 @@ def _turns(encoded: Encoded) -> tuple[tuple[str, str], ...]:
     return tuple((str(role), str(text)) for role, text in encoded.says.get("turns", ()))
 
 
+def pair_turns(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The (question, answer) pairs of a dialogue; what the system says is left out.
+
+    A last question without an answer keeps an empty one when it is the only one.
+    """
+    pairs: list[tuple[str, str]] = []
+    asked: list[str] = []
+    for role, said in turns:
+        if role == "assistant":
+            pairs.append(("\n".join(asked), said))
+            asked = []
+        elif role != "system":
+            asked.append(said)
+    if asked and not pairs:
+        pairs.append(("\n".join(asked), ""))
+    return tuple(pairs)
+
+
 def read_layers(
     encoded: Encoded, size: tuple[int, int]
 ) -> tuple[bytes | None, list[tuple[int, ...]]]:
@@ -316,11 +339,14 @@ def still(encoded: Encoded, frame: int) -> Encoded:
 def make_record(
     encoded: Encoded,
     texts: tuple[str, str],
+    turns: Sequence[tuple[str, str]],
     picture: Copies | None,
     target: Copies | None,
     cells: Sequence[Sequence[int]],
 ) -> Record:
     """A record in the frame. Masks that the crop cut away leave their sample with their labels.
+
+    A dialogue gives its first pair as text and answer, the others as turns.
 
     Raises: BadSample when a prompt region was cut away.
     """
@@ -334,11 +360,9 @@ def make_record(
         raise BadSample("bad_mask", "a region lies outside the crop")
     kept = [(mask, label) for mask, label in zip(masks[:count], labels, strict=True) if mask.any()]
     text, answer = texts
-    turns: tuple[tuple[str, str], ...] = ()
-    if not text and says.get("turns"):
-        said = [words for role, words in _turns(encoded) if role != "system"]
-        text, answer = said[0], said[1] if len(said) > 1 else ""
-        turns = tuple(zip(said[2::2], said[3::2], strict=False))  # a last question has no answer
+    pairs = pair_turns(turns)
+    if not text and pairs:
+        text, answer = pairs[0]
     return Record(
         id=encoded.key,
         task=says["task"],
@@ -351,6 +375,6 @@ def make_record(
         regions=tuple(regions),
         region_kinds=tuple(says.get("region_kinds", ())),
         target=None if target is None else target.frame,
-        turns=turns,
+        turns=pairs[1:],
         kind=str(says.get("kind", "")),
     )

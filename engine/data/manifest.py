@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,7 @@ class Tally:
         self.good = 0
         self.bad: Counter[str] = Counter()
         self._run = 0
+        self._last: BadSample | None = None
 
     def count(self, number: int = 1) -> None:
         """Samples came through."""
@@ -187,6 +188,18 @@ class Tally:
             with self.log.open("a", encoding="utf-8") as file:
                 line = {"key": error.key, "reason": error.reason, "text": error.text}
                 file.write(json.dumps(line) + "\n")
+        self._last = error
+        self.check()
+
+    def add(self, good: int, bad: Sequence[BadSample]) -> None:
+        """Count what came through elsewhere, without looking at the limits."""
+        self.count(good)
+        self.bad.update(error.reason for error in bad)
+        self._run += 0 if good else len(bad)
+        self._last = bad[-1] if bad else self._last
+
+    def check(self) -> None:
+        """Raise DataError when too many samples were bad."""
         total = self.bad.total()
         if self._run >= self.row or (
             total + self.good >= self.least and total > self.share * (total + self.good)
@@ -194,7 +207,7 @@ class Tally:
             raise DataError(
                 f"at most {self.share:.0%} bad samples expected, got {total} of "
                 f"{total + self.good} ({self._run} in a row): {dict(self.bad.most_common())}; the "
-                f"last: {error}. Run `focus data validate`, or raise the limit"
+                f"last: {self._last}. Run `focus data validate`, or raise the limit"
             )
 
     def facts(self) -> dict[str, float]:

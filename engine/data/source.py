@@ -1,9 +1,10 @@
-"""Where a run's records come from: the built-in world, or (from issue "data at scale") shards."""
+"""Where a run's records come from: the built-in world, or shards (`extra["shards"]`)."""
 
 from __future__ import annotations
 
 import typing
 
+from engine.data.feed import RANKS, open_feed
 from engine.data.records import Record, Task
 from engine.data.scenes import sample
 from engine.run import Run
@@ -19,8 +20,13 @@ def config_of(run: Run) -> FocusConfig:
 def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
     """Return the training records of one micro-batch: a pure function of its arguments.
 
-    The data seed is `extra["data_seed"]`, by default the run's own.
+    The data seed is `extra["data_seed"]`, by default the run's own. With `extra["shards"]` the
+    records are read from there, in the order of a mixture; broken ones are missing.
+    Raises: DataError when the shards hold nothing readable.
     """
+    feed = open_feed(run)
+    if feed is not None:
+        return feed.records(step, micro, run.extra.get(RANKS, ()))
     task = typing.cast(Task, micro.task)
     seed = int(run.extra.get("data_seed", run.seed))
     size = config_of(run).hierarchical.image_size

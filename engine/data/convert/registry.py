@@ -7,6 +7,7 @@ from functools import partial
 from engine.data.convert import chat, coco, reason, refer, table, video
 from engine.data.convert.format import Format
 from engine.data.scene_model import DataError
+from engine.data.world import FORMAT as WORLD
 
 _REFS = "refs({}).p and instances.json below {}; COCO train2014 below images"
 
@@ -97,6 +98,7 @@ _LIST = (
         layout="NNNNN.tar of KEY.jpg, KEY.txt, KEY.json (COYO, LAION)",
         convert=chat.web,
     ),
+    WORLD,
 )
 FORMATS: dict[str, Format] = {each.name: each for each in _LIST}
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from engine.data.scenes import sample
+
 H, W = 40, 60
 SQUARE = [10.0, 5.0, 30.0, 5.0, 30.0, 25.0, 10.0, 25.0]
 TRIANGLE = [35.5, 8.2, 55.1, 30.9, 33.3, 33.3]
@@ -441,6 +443,11 @@ def img2dataset(root: Path) -> Expected:
     return Expected(1, "vqa", text="Describe the picture.", answer="a dog", skipped=skipped)
 
 
+def world(root: Path) -> Expected:
+    put(root / "world.json", {"seed": 0, "size": [H, W], "tasks": {"referring": 1, "vqa": 2}})
+    return Expected(3, "referring", text=sample("referring", "train", 0, 0, (H, W)).text)
+
+
 COCO_2014 = "images/mscoco/images/train2014"
 LAYOUTS: dict[str, Callable[[Path], Expected]] = {
     "coco_instances": coco_instances,
@@ -477,6 +484,7 @@ LAYOUTS: dict[str, Callable[[Path], Expected]] = {
     "openorca": openorca,
     "magpie": magpie,
     "img2dataset": img2dataset,
+    "world": world,
 }
 PARQUET = frozenset(
     ("instructpix2pix", "magicbrush", "ultraedit", "anyedit", "omniedit", "seed_edit")

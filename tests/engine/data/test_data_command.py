@@ -81,6 +81,16 @@ def test_convert_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     assert "a JSON file of dialogues expected" in capsys.readouterr().err
 
 
+def test_world_writes_what_runs_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("world", "focus_tiny_stage2", "focus_tiny_stage3", "--out", tmp_path / "w")
+    code, told = run(capsys, *words, "--samples", "3", "--per-shard", "10")
+    tasks = ("class", "editing", "generation", "interactive", "referring", "vqa")
+    assert (code, told["shards"], told["tasks"]) == (0, 2, dict.fromkeys(tasks, 3))
+    assert run(capsys, "validate", tmp_path / "w")[0] == 0
+    assert main(["data", *map(str, words), "--samples", "4"]) == 2
+    assert "other scenes" in capsys.readouterr().err
+
+
 def test_encode_adds_the_models_own_codes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

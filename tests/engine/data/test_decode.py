@@ -9,7 +9,7 @@ from PIL import Image
 from engine.data.dali import DaliDecoder, dali_problem
 from engine.data.guard import BadSample, check_picture
 from engine.data.layers import encode_map
-from engine.data.pil import Copies, Decoder, PilDecoder, Work, open_decoder
+from engine.data.pil import Copies, Decoder, PilDecoder, Work, open_decoder, resize
 from engine.data.views import (
     Augment,
     Sizes,
@@ -70,9 +70,28 @@ def test_pil_copies_are_what_the_view_says() -> None:
     image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     (found,) = PilDecoder().decode([work(data, crop=False)])
     assert isinstance(found, Copies)
-    assert np.array_equal(found.frame, letterbox(image, (96, 96))[0])
+    assert np.abs(found.frame.astype(int) - letterbox(image, (96, 96))[0]).max() <= 2
     assert (found.vit.shape, found.pixel.shape) == ((42, 56, 3), (48, 64, 3))
     assert (found.frame[0] == 255).all()  # the letterbox is white
+
+
+@pytest.mark.parametrize("size", [(48, 64), (131, 60), (300, 301), (97, 130), (1, 7)])
+def test_resampling_is_pillows(size: tuple[int, int]) -> None:
+    """Up, down and aside, the vectorised filter gives what Pillow's antialiased bicubic gives."""
+    image = np.random.default_rng(0).integers(0, 256, (97, 130, 3), np.uint8)
+    expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    apart = np.abs(resize(image, size).astype(int) - np.asarray(expected))
+    assert apart.max() <= 2 and apart.mean() < 0.1
+    assert np.array_equal(resize(image, size, flip=True), resize(image, size)[:, ::-1])
+
+
+def test_threads_change_nothing() -> None:
+    works = [work(data, seed, 0) for seed, data in enumerate(pictures())]
+    decoder = PilDecoder(threads=3)
+    for one, two in zip(PilDecoder().decode(works), decoder.decode(works), strict=True):
+        assert isinstance(one, Copies) and isinstance(two, Copies)
+        assert np.array_equal(one.frame, two.frame) and np.array_equal(one.vit, two.vit)
+    decoder.close()
 
 
 def test_masks_follow_their_picture() -> None:

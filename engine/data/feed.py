@@ -1,0 +1,233 @@
+"""The records of a run from shards: the run's schedule names the tasks, a mixture the samples.
+
+Every (task, size) of the schedule has its own endless row of micro-batches (`Mixture`); which of
+them a rank takes at a step is a pure function of the run, so nothing is remembered but how many
+ranks there were from which step on (`extra["ranks"]`, kept by the training loop's ledger).
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.guard import BadSample
+from engine.data.loader import Loaded, Loader, Settings
+from engine.data.manifest import MANIFEST, Dataset, Tally
+from engine.data.mixture import TABLE_5, Mixture, Part, table_5
+from engine.data.pil import Decoder, open_decoder
+from engine.data.records import Record
+from engine.data.scene_model import DataError
+from engine.data.views import Augment, Sizes
+from engine.run import Run, derive_seed
+from focus.config import CONFIGS
+
+if TYPE_CHECKING:
+    from engine.stages.stage import Micro
+
+RANKS = "ranks"  # key of run.extra: ((first step, data-parallel ranks from there on), ...)
+SPARES = 8  # other micro-batches to try where nothing of one can be read
+
+
+@dataclass
+class Drawn:
+    """What this process read since somebody last asked: samples, and the ones left out."""
+
+    good: int = 0
+    bad: list[BadSample] = field(default_factory=list)
+    replaced: int = 0  # micro-batches of which nothing was left
+
+    def add(self, other: Drawn) -> None:
+        """Count another's samples too."""
+        self.good += other.good
+        self.bad += other.bad
+        self.replaced += other.replaced
+
+    def __bool__(self) -> bool:
+        return bool(self.good or self.bad or self.replaced)
+
+
+class _Listener(Tally):
+    """Hands every count on to `drawn`; the limits are the training loop's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = Drawn()
+
+    def count(self, number: int = 1) -> None:
+        """Samples came through."""
+        self.drawn.good += number
+
+    def refuse(self, error: BadSample) -> None:
+        """A sample was left out."""
+        self.drawn.bad.append(error)
+
+
+class Feed:
+    """Reads the micro-batches of one run from the shards of one folder.
+
+    `folder` holds a dataset, or one dataset in each of its folders; those that Table 5 names for
+    the run's stage then weigh as there, others by their samples.
+    Raises: DataError for a folder without datasets.
+    """
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run = run
+        self.datasets = {str(path): Dataset(path) for path in find_datasets(folder)}
+        self.seed = int(run.extra.get("data_seed", run.seed))
+        self.settings = settings_of(run)
+        self.listener = _Listener()
+        self._loaders: dict[tuple[str, int, int], Loader] = {}
+        self._decoder: tuple[int, Decoder] | None = None
+
+    def mixture(self, task: str, size: int, spare: int = 0) -> Mixture:
+        """The row of micro-batches of one task and size. Raises: DataError without samples."""
+        seed = derive_seed(self.seed, "spare", spare) if spare else self.seed
+        parts = self._parts(task, size)
+        if not parts:
+            raise DataError(
+                f"{', '.join(self.datasets)}: samples of task {task!r} expected, got none; convert "
+                "a dataset that has them, or take the task out of micro_batches"
+            )
+        return Mixture(parts, derive_seed(seed, task, size), self.datasets, keep_short=False)
+
+    def _parts(self, task: str, size: int) -> list[Part]:
+        holding = {f: d.manifest.tasks.get(task, 0) for f, d in self.datasets.items()}
+        holding = {folder: count for folder, count in holding.items() if count}
+        weights = {folder: float(count) for folder, count in holding.items()}
+        roots = {Path(folder).parent for folder in holding}
+        if len(roots) == 1 and self.run.stage in TABLE_5:
+            try:
+                known = table_5(self.run.stage, roots.pop(), {}, size)
+            except DataError:
+                known = []
+            told = {p.dataset: p.weight for p in known if p.task == task and p.dataset in holding}
+            weights = told or weights
+        return [Part(dataset=f, task=task, weight=w, size=size) for f, w in weights.items()]
+
+    def records(self, step: int, micro: Micro, ranks: Sequence[Sequence[int]]) -> list[Record]:
+        """The records of one micro-batch; broken samples are left out and counted.
+
+        A micro-batch of which nothing is left is replaced by one of another order, and counted.
+        Raises: DataError when nothing readable is found.
+        """
+        index = index_of(self.run, step, micro, ranks)
+        for spare in range(SPARES + 1):
+            loader = self._loader(micro.task, micro.size, spare)
+            loaded: Loaded = loader.load(loader.mixture.pick(index))
+            if loaded.records:
+                return list(loaded.records)
+            self.listener.drawn.replaced += 1
+        lost = Counter(one.reason for one in self.listener.drawn.bad)
+        last = f"; the last: {self.listener.drawn.bad[-1]}" if lost else ""
+        raise DataError(
+            f"a readable sample of task {micro.task!r} expected, got {SPARES + 1} micro-batches "
+            f"without one: {dict(lost)}{last}. Run `focus data validate`"
+        )
+
+    def _loader(self, task: str, size: int, spare: int) -> Loader:
+        name = (task, size, spare)
+        if name not in self._loaders:
+            mixture = self.mixture(*name)
+            self._loaders[name] = Loader(mixture, self._open(), self.settings, self.listener)
+        self._loaders[name].decoder = self._open()
+        return self._loaders[name]
+
+    def _open(self) -> Decoder:
+        """This process's decoder: threads do not survive a fork, and the parent opens none."""
+        if self._decoder is None or self._decoder[0] != os.getpid():
+            name = str(self.run.extra.get("loader", "auto"))
+            if name == "auto" and self.run.workers and parent_process() is None:
+                name = "pil"
+            threads = int(self.run.extra.get("decode_threads", 1))
+            self._decoder = os.getpid(), open_decoder(name, threads)
+        return self._decoder[1]
+
+    def fingerprint(self) -> str:
+        """Changes whenever another order of samples could come out."""
+        rows = [self.mixture(t, s).fingerprint for t, s in sorted(set(self.run.micro_batches))]
+        return f"{derive_seed(*rows, self.settings):016x}"
+
+    def take(self) -> Drawn:
+        """What was read since the last call."""
+        drawn, self.listener.drawn = self.listener.drawn, Drawn()
+        return drawn
+
+
+def find_datasets(folder: Path) -> list[Path]:
+    """The dataset at `folder`, or those in its folders. Raises: DataError without any."""
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not found:
+        raise DataError(
+            f"{folder}: a dataset, or folders of datasets, expected; `focus data world RUN --out "
+            f"{folder}` writes a run's own scenes there, `focus data convert` other datasets"
+        )
+    return found
+
+
+def settings_of(run: Run) -> Settings:
+    """Whole pictures in the frame of the run's model; its other copies are derived from it."""
+    frame = CONFIGS[run.model]().hierarchical.image_size
+    asked: Mapping[str, Any] = run.extra.get("augment", {})
+    try:
+        augment = Augment(**asked)
+    except TypeError as error:
+        raise DataError(f"extra.augment: flip, brightness, contrast, shift: {error}") from error
+    sizes = Sizes(frame=frame, vit=frame, pixel=frame)
+    return Settings(frame=frame, sizes=sizes, crop=False, augment=augment)
+
+
+def turns_before(run: Run, task: str, size: int, step: int, number: int = 0) -> int:
+    """How many micro-batches of a task and size one rank has had before `number` of `step`."""
+    hits = [pair == (task, size) for pair in run.micro_batches]
+    per_step = int(run.extra.get("tasks_per_step", len(hits)))
+    rounds, rest = divmod(step * per_step + number, len(hits))
+    return rounds * sum(hits) + sum(hits[:rest])
+
+
+def index_of(run: Run, step: int, micro: Micro, ranks: Sequence[Sequence[int]] = ()) -> int:
+    """Number of a micro-batch in its task's row, over all ranks there ever were.
+
+    ranks: (first step, ranks from there on), in order; nothing means the same number throughout.
+    """
+    spans = [(first, size) for first, size in ranks if first <= step] or [(0, micro.ranks)]
+    before = 0
+    for (first, size), (end, _) in pairwise(spans):
+        before += size * (
+            turns_before(run, micro.task, micro.size, end)
+            - turns_before(run, micro.task, micro.size, first)
+        )
+    own = turns_before(run, micro.task, micro.size, step, micro.number)
+    own -= turns_before(run, micro.task, micro.size, spans[-1][0])
+    return before + own * micro.ranks + micro.rank
+
+
+_feeds: dict[tuple[str, str], Feed] = {}  # of this process
+
+
+def open_feed(run: Run) -> Feed | None:
+    """The feed of a run that reads shards (`extra["shards"]`), None for the built-in world."""
+    folder = run.extra.get("shards")
+    if folder is None:
+        return None
+    plain = {k: v for k, v in run.extra.items() if k != RANKS}
+    name = (str(folder), repr((run.name, run.seed, run.model, run.micro_batches, plain)))
+    if name not in _feeds:
+        _feeds[name] = Feed(run, Path(typing.cast(str, folder)))
+    return _feeds[name]
+
+
+def take_drawn() -> Drawn:
+    """What all feeds of this process read since the last call."""
+    found = Drawn()
+    for feed in _feeds.values():
+        found.add(feed.take())
+    return found
