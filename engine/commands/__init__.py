@@ -26,6 +26,8 @@ NAMES = (
     "import",
     "track",
     "info",
+    "export",
+    "verify",
     "data",
     "plan",
     "doctor",

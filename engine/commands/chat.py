@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = options.check_text(args.text)
     picture = read_picture(args.image)
-    model = options.load_model(args.model)
+    model = options.load_model(args.model, args.backend)
     start = time.perf_counter()
     answer = model.chat(picture.image, text, seed=args.seed)
     seconds = time.perf_counter() - start

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from engine.demo import run_demo
 
     report = run_demo(
-        options.load_model(args.model),
+        options.load_model(args.model, args.backend),
         model_name=args.model,
         out=args.out,
         seed=args.seed,

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise options.UsageError("TEXT says <region>: point at it with --click, --box, ...")
     picture = read_picture(args.image)
     regions = options.read_regions(args.regions, picture)
-    model = options.load_model(args.model)
+    model = options.load_model(args.model, args.backend)
     steps = {} if args.steps is None else {"steps": args.steps}
     start = time.perf_counter()
     result = model.edit(

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from engine.pictures import write_json, write_picture
 
     text = options.check_text(args.text)
-    model = options.load_model(args.model)
+    model = options.load_model(args.model, args.backend)
     start = time.perf_counter()
     image = model.generate(text, seed=args.seed)
     seconds = time.perf_counter() - start

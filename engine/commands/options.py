@@ -28,6 +28,12 @@ def add_model(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="NAME", help="shipped name or folder of weights"
     )
+    parser.add_argument(
+        "--backend",
+        default="eager",
+        choices=("eager", "onnx", "aoti", "tensorrt"),
+        help="what runs the parts of a bundle (%(default)s)",
+    )
     add_output(parser, out)
     add_seed(parser)
 
@@ -156,13 +162,13 @@ def _read_points(path: Path) -> list[tuple[float, float]]:
 
 
 def load_model(name: str) -> Focus:
-    """Load the model of `--model`; everything heavy is imported here."""
+    """Load the model of `--model` onto the engine; everything heavy is imported here."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    from focus import Focus
+    from engine.serve.engine import Engine
 
-    return Focus.from_pretrained(name)
+    return Engine.from_pretrained(name)
 
 
 def stem(text: str) -> str:

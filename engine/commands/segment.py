@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     task, text = _task_and_text(args)
     picture = read_picture(args.image)
     regions = options.read_regions(args.regions, picture)
-    model = options.load_model(args.model)
+    model = options.load_model(args.model, args.backend)
     start = time.perf_counter()
     result = model.segment(
         picture.image, text=text, regions=regions or None, task=task, seed=args.seed

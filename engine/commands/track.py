@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.frame >= len(clip.frames):
         raise options.UsageError(f"--frame: 0 to {len(clip.frames) - 1} expected, got {args.frame}")
     regions = _regions(args, clip)
-    model = options.load_model(args.model)
+    model = options.load_model(args.model, args.backend)
     start = time.perf_counter()
     name = options.stem(Path(args.clip).stem)
     suffix = Path(args.clip).suffix or ".gif"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from engine.export.errors import ExportError
 from engine.export.operators import DOMAIN, OPERATORS, translation_table
 from engine.export.part import Part
-from engine.export.shelf import References, Stored
+from engine.export.shelf import References, Stored, read_shelf
+from focus.api import Focus
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRACE = {"batch": 2, "length": 3, "slots": 9, "candidates": 3}  # small, and no two alike
@@ -161,3 +162,12 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def export_part(part: Part, focus: Focus, folder: Path, precision: str) -> list[str]:
+    """Write one part of a bundle that already holds the weights; return its files."""
+    names = shelf_names(part, focus.model)
+    shelf = read_shelf(sorted(folder.glob("model*.safetensors")))
+    dtype = PRECISIONS[precision]
+    lowered = in_precision(part, dtype)
+    return write_graph(lowered, to_graph(lowered, dtype), folder, shelf, names)
