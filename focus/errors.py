@@ -9,3 +9,7 @@ class ShapeError(ValueError):
 
 class CheckpointMismatch(ValueError):
     """A state dict whose names or shapes do not fit the module it was read for."""
+
+
+class TargetError(ValueError):
+    """A folder that a model cannot be written to without losing what somebody else put there."""

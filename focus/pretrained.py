@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from focus.config import FORMAT_VERSION, ConfigError, FocusConfig, from_json, to_json
-from focus.errors import CheckpointMismatch
+from focus.errors import CheckpointMismatch, TargetError
 from focus.migration import migrate_config, migrate_name, version_of
 from focus.shards import (
     MAX_SHARD,
@@ -164,18 +165,15 @@ def save_model(
     """Write config and weights (and `extra` text files by name) atomically.
 
     Everything is written to a temporary directory beside, then renamed; a model that was there
-    before is replaced only at the end. `dtype` narrows floating parameters, not buffers. Weights of
-    more than `max_shard_bytes` are written as shards with an index.
+    before is replaced only at the end, other files beside it are kept. `dtype` narrows floating
+    parameters, not buffers. Weights of more than `max_shard_bytes` are written as shards with an
+    index. Raises `TargetError`, `OSError`.
     """
-    directory = Path(directory)
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    directory = check_target(directory)
+    temporary = beside(directory, "tmp")
     temporary.mkdir(parents=True)
     try:
-        if directory.is_dir():
-            for file in directory.iterdir():
-                if file.is_file() and not is_weights(file.name):
-                    shutil.copy2(file, temporary)
+        carry_over(directory, temporary)
         state = model.state_dict()
         ties = _ties(state)
         buffers = {name for name, _ in model.named_buffers()}
@@ -186,18 +184,70 @@ def save_model(
         writer.finish()
         (temporary / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n")
         for name, text in (extra or {}).items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         replace_directory(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def check_target(directory: str | Path) -> Path:
+    """Return the real path of a folder that a model may be written to.
+
+    It is new, empty, or holds a model of ours and files, no folders: the files outlive the writing.
+    Raises `TargetError` for anything else, so that nobody's work is replaced by a mistyped path.
+    """
+    directory = Path(directory).resolve()
+    if not directory.exists():
+        return directory
+    if not directory.is_dir():
+        raise TargetError(f"{directory}: a folder expected, got a file; give another name")
+    names = sorted(path.name for path in directory.iterdir())
+    if names and not _is_ours(directory / CONFIG):
+        raise TargetError(
+            f"{directory}: a new or empty folder, or one with a FOCUS model expected, got "
+            f"{names[:3]}; give a folder of the model's own"
+        )
+    odd = [name for name in names if not (directory / name).is_file()]
+    if odd:
+        raise TargetError(
+            f"{directory}: a model's folder without folders inside expected, got {odd[:3]}; move "
+            "them elsewhere or give another folder"
+        )
+    return directory
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a config.json is of FOCUS, of any version; other libraries have one as well."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "format_version" in values
+
+
+def beside(directory: Path, what: str) -> Path:
+    """Return a name next to `directory` that nothing of anybody's has."""
+    return directory.with_name(f".{directory.name}.{uuid4().hex[:12]}.{what}")
+
+
+def carry_over(directory: Path, temporary: Path, *, without: Collection[str] = ()) -> None:
+    """Copy the files of a model's folder that are neither its weights nor named in `without`."""
+    if directory.is_dir():
+        for file in directory.iterdir():
+            if not is_weights(file.name) and file.name not in without:
+                shutil.copy2(file, temporary / file.name, follow_symlinks=False)
+
+
 def replace_directory(temporary: Path, directory: Path) -> None:
     """Put a finished directory in the place of another, which stays whole until the end."""
-    previous = directory.with_name(directory.name + ".old")
-    shutil.rmtree(previous, ignore_errors=True)
+    previous = beside(directory, "old")
     if directory.exists():
         os.rename(directory, previous)
-    os.rename(temporary, directory)
+    try:
+        os.rename(temporary, directory)
+    except BaseException:
+        if previous.exists():
+            os.rename(previous, directory)
+        raise
     shutil.rmtree(previous, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 STEMS = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "open_clip_model")
 MAX_SHARD = 5_000_000_000  # bytes
+OWN_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -160,7 +162,7 @@ def broken(path: Path, error: Exception) -> CheckpointMismatch:
 
 def is_weights(name: str) -> bool:
     """Whether a file name of a model directory is one of its weight files."""
-    return name == f"model{INDEX}" or (name.startswith("model") and name.endswith(".safetensors"))
+    return name == f"model{INDEX}" or OWN_WEIGHTS.fullmatch(name) is not None
 
 
 def narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

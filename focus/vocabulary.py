@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 FORMAT_VERSION = 1
+TOKENIZER, VOCABULARY = "tokenizer.json", "vocabulary.json"
 CACHE_SIZE = 65_536  # texts whose ids are kept
 SYSTEM = "You are a helpful assistant."  # Qwen2.5's own
 
@@ -240,10 +241,16 @@ class Vocabulary:
         """Write tokenizer.json and vocabulary.json."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save(str(directory / "tokenizer.json"))
+        for name, text in self.files().items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """Return what `save` writes: texts by file name."""
         values = {"format_version": FORMAT_VERSION, **asdict(self._settings)}
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        (directory / "vocabulary.json").write_text(text, encoding="utf-8")
+        return {
+            TOKENIZER: self._tokenizer.to_str(pretty=True),
+            VOCABULARY: json.dumps(values, indent=2, ensure_ascii=False) + "\n",
+        }
 
     @classmethod
     def load(cls, directory: str | Path) -> Vocabulary:
@@ -252,7 +259,7 @@ class Vocabulary:
         Raises:
             VocabularyError: a file is missing, broken or of another version.
         """
-        path = Path(directory) / "vocabulary.json"
+        path = Path(directory) / VOCABULARY
         values = _read_json(path)
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -301,7 +308,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise VocabularyError(f"{path} expected, but there is no such file")
     try:

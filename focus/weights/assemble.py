@@ -15,17 +15,25 @@ from torch import Tensor
 from focus.config import FocusConfig, to_json
 from focus.errors import CheckpointMismatch
 from focus.model import FocusModel
-from focus.pretrained import CONFIG, replace_directory
+from focus.pretrained import CONFIG, beside, carry_over, check_target, replace_directory
 from focus.settings import FILE as SETTINGS
 from focus.settings import Settings, write
 from focus.shards import MAX_SHARD, ShardWriter, Weights, narrow
-from focus.vocabulary import QWEN_PIXEL, QWEN_SEMANTIC, QWEN_TEXT_SIZE, Vocabulary
+from focus.vocabulary import (
+    QWEN_PIXEL,
+    QWEN_SEMANTIC,
+    QWEN_TEXT_SIZE,
+    TOKENIZER,
+    VOCABULARY,
+    Vocabulary,
+)
 from focus.weights import convnext, mask2former, movq, qwen2, qwen2_vl, sdxl
 from focus.weights.fresh import fresh
 from focus.weights.locate import locate
 from focus.weights.plan import Plan
 
 REPORT = "import.json"
+OWN = (CONFIG, SETTINGS, REPORT, TOKENIZER, VOCABULARY)  # an earlier model's would not fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +83,10 @@ def assemble(
 
     The sizes of each part are those of its checkpoint, everything else is `base`. dtype: of the
     floating tensors; None keeps each checkpoint's own, new ones are fp32. The directory is replaced
-    only when everything is written. Raises `CheckpointMismatch`.
+    only when everything is written. Raises `CheckpointMismatch`, `TargetError`, `VocabularyError`,
+    `OSError`.
     """
-    out = Path(out)
+    out = check_target(out)
     places = {name: locate(source) for name, source in asdict(sources).items() if source}
     if not places:
         raise CheckpointMismatch("at least one source to import expected, got none")
@@ -88,10 +97,10 @@ def assemble(
     plans = make_plans(config, places, sources, vocabulary, list(own), seed)
     for plan in plans:
         plan.check(own)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = beside(out, "tmp")
     temporary.mkdir(parents=True)
     try:
+        carry_over(out, temporary, without=OWN)
         buffers = {name for name, _ in meta.named_buffers()}
         writer = ShardWriter(temporary, max_bytes=max_shard_bytes)
         report = Report(tensors=len(own), parameters=sum(p.numel() for p in meta.parameters()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from focus.config import FORMAT_VERSION, ConfigError, focus_tiny, to_json
-from focus.errors import CheckpointMismatch
+from focus.errors import CheckpointMismatch, TargetError
 from focus.migration import STEPS, migrate_config, migrate_name
 from focus.pretrained import SkipRandom, find_model, load_weights, read_config, save_model
 from focus.shards import ShardWriter, Weights
@@ -46,6 +48,80 @@ def test_saving_again_leaves_no_old_shards(tmp_path: Path) -> None:
     save_model(tmp_path / "m", net(1), focus_tiny())
     names = sorted(p.name for p in (tmp_path / "m").iterdir())
     assert names == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*"))}
+    return {name: p.read_bytes() if p.is_file() else b"" for name, p in found.items()}
+
+
+def _photos(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "holiday.jpg").write_bytes(b"photo")
+
+
+def _nested(folder: Path) -> None:
+    save_model(folder, net(0), focus_tiny())
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "state.json").write_text("{}")
+
+
+def _another_library(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (folder / "model.safetensors").write_bytes(b"theirs")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_photos, r"a FOCUS model expected, got \['holiday\.jpg'\]"),
+        (_nested, r"without folders inside expected, got \['checkpoints'\]"),
+        (_another_library, "a FOCUS model expected"),
+        (lambda folder: folder.write_text("mine"), "a folder expected, got a file"),
+    ],
+)
+def test_a_folder_of_somebody_else_is_not_replaced(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "m")
+    before = snapshot(tmp_path)
+    with pytest.raises(TargetError, match=message):
+        save_model(tmp_path / "m", net(1), focus_tiny())
+    assert snapshot(tmp_path) == before
+
+
+def test_neighbours_and_links_outlive_saving(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", net(0), focus_tiny())
+    for name in ("m.old", "m.tmp"):
+        _photos(tmp_path / name)
+    (tmp_path / "m" / "model_before.safetensors").write_bytes(b"mine")
+    (tmp_path / "m" / "link").symlink_to("../m.old/holiday.jpg")
+    (tmp_path / "way").symlink_to("m")
+    save_model(tmp_path / "way", net(1), focus_tiny())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.old", "m.tmp", "way"]
+    assert (tmp_path / "way").is_symlink() and (tmp_path / "m" / "link").is_symlink()
+    assert (tmp_path / "m" / "link").read_bytes() == b"photo"
+    assert (tmp_path / "m" / "model_before.safetensors").read_bytes() == b"mine"
+    saved = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(saved["0.weight"], net(1).state_dict()["0.weight"])
+
+
+def test_a_failed_exchange_brings_the_old_model_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "m", net(0), focus_tiny())
+    before, rename = snapshot(tmp_path), os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        save_model(tmp_path / "m", net(1), focus_tiny())
+    assert snapshot(tmp_path) == before
 
 
 def test_transformers_reads_our_index(tmp_path: Path) -> None:

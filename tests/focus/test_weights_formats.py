@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine import cli
 from focus.config import FocusConfig, focus_3b, to_json
-from focus.errors import CheckpointMismatch
+from focus.errors import CheckpointMismatch, TargetError
 from focus.model import FocusModel
 from focus.pretrained import load_weights
 from focus.vocabulary import QWEN_PIXEL, QWEN_SEMANTIC
@@ -163,7 +163,24 @@ def test_pickles_are_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "hub" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointMismatch, match=r"a pickle, which can run code.*save_pretrained"):
         assemble(Sources(hierarchical=str(tmp_path / "hub")), tmp_path / "out", small.base())
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+def test_an_import_keeps_what_lies_in_its_folder(tmp_path: Path) -> None:
+    small.convnext(tmp_path / "hf")
+    sources, out = Sources(hierarchical=str(tmp_path / "hf")), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(TargetError, match=r"a FOCUS model expected, got \['notes\.txt'\]"):
+        assemble(sources, out, small.base())
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    assemble(sources, out, small.base())
+    (out / "notes.txt").write_text("mine")
+    (out / "tokenizer.json").write_text("of an earlier model")
+    assemble(sources, out, small.base())
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "tokenizer.json").exists()
 
 
 def test_missing_and_mismatched_tensors_are_named(tmp_path: Path) -> None:
