@@ -80,10 +80,13 @@ class Focus:
         return cls(model, vocabulary, generation_settings.read(directory))
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write weights, config, vocabulary and decoding defaults, atomically."""
-        extra = {generation_settings.FILE: generation_settings.write(self.settings)}
+        """Write weights, config, vocabulary and decoding defaults, atomically.
+
+        Raises `TargetError` when the folder holds something else than a model, and `OSError`.
+        """
+        settings = {generation_settings.FILE: generation_settings.write(self.settings)}
+        extra = {**settings, **self.vocabulary.files()}
         save_model(directory, self.model, self.config, dtype=dtype, extra=extra)
-        self.vocabulary.save(directory)
 
     # -- one picture ------------------------------------------------------------------------------
 

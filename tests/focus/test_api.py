@@ -88,6 +88,36 @@ def test_saved_models_answer_alike(focus: Focus, picture: np.ndarray, tmp_path: 
     assert np.array_equal(one.probabilities[0], two.probabilities[0])
 
 
+def test_a_failed_save_leaves_the_model_before_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small(torch.nn.Module):
+        config = focus_tiny()
+
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((2,), value))
+
+    def make(value: float) -> Focus:
+        return Focus(Small(value), Vocabulary.load("assets/focus-tiny"), SETTINGS)  # type: ignore[arg-type]
+
+    make(1.0).save_pretrained(tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    assert Vocabulary.load(tmp_path / "m").size == make(1.0).vocabulary.size
+    write = Path.write_text
+
+    def full(path: Path, text: str, **given: object) -> int:
+        if path.name == "vocabulary.json":
+            raise OSError(28, "No space left on device")
+        return write(path, text, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(2.0).save_pretrained(tmp_path / "m")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "missing"])
 def test_damaged_models_are_refused_in_words(focus: Focus, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "model"
