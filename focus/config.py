@@ -8,6 +8,8 @@ Each default is either the paper's figure or our reading of a gap in it; the doc
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -501,11 +503,31 @@ def _build(cls: type[C], values: Any, path: str) -> C:
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             built[name] = _build(typing.cast(type[Any], hint), value, f"{path}.{name}")
-        elif typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-            built[name] = tuple(value)
+        elif not _fits(hint, value):
+            told = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ConfigError(f"{path}.{name}: {told} expected, got {value!r}")
         else:
-            built[name] = value
+            built[name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**built)
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value may stand in a field of this type; lists stand for tuples."""
+    inside = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return value in inside
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(choice, value) for choice in inside)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        kinds = inside[:1] * len(value) if inside[-1] is Ellipsis else inside
+        return len(kinds) == len(value) and all(map(_fits, kinds, value))
+    if isinstance(value, bool):  # an int to Python
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, hint)

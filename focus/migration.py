@@ -38,8 +38,10 @@ STEPS: dict[int, Step] = {1: Step(config=lambda values: values, name=_plural)}
 
 def version_of(values: Values) -> int:
     """Return the format version of a config's JSON values; raises `ConfigError`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"a config's JSON object expected, got {type(values).__name__}")
     version = values.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:  # True is an int
         raise ConfigError(
             f"config format version 1 to {FORMAT_VERSION} expected, got {version!r}; "
             "a newer release of focus-vl may have written this file"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from focus.config import FORMAT_VERSION, ConfigError, FocusConfig, from_json, to_json
+from focus.config import FORMAT_VERSION, FocusConfig, from_json, to_json
 from focus.errors import CheckpointMismatch, TargetError
 from focus.migration import migrate_config, migrate_name, version_of
 from focus.shards import (
@@ -66,7 +66,7 @@ def read_config(directory: Path) -> FocusConfig:
     """Read the config of a model directory; raises `CheckpointMismatch`."""
     try:
         return from_json(migrate_config(json.loads((directory / CONFIG).read_text())))
-    except (OSError, json.JSONDecodeError, ConfigError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ConfigError and wrong JSON among them
         raise CheckpointMismatch(f"{directory / CONFIG}: {error}") from error
 
 
@@ -119,13 +119,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _version_beside(path: Path) -> int:
     """Format version of the config that lies beside a weight file; today's without one."""
-    beside = path.with_name(CONFIG)
-    if not beside.is_file():
+    config = path.with_name(CONFIG)
+    if not config.is_file():
         return FORMAT_VERSION
     try:
-        return version_of(json.loads(beside.read_text()))
-    except (OSError, json.JSONDecodeError, ConfigError) as error:
-        raise CheckpointMismatch(f"{beside}: {error}") from error
+        return version_of(json.loads(config.read_text()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointMismatch(f"{config}: {error}") from error
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 The layout is Hugging Face's: one file, or `<stem>-00001-of-0000N.safetensors` with an index
 `<stem>.safetensors.index.json` that says which tensor lies where. Memory stays near one shard.
+
+Files are written by a stream of ordinary writes: the library's writer may map the file into memory,
+where a full disk is a bus error; here it is an `OSError` that the caller can report.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from focus.errors import CheckpointMismatch
@@ -25,6 +27,24 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 STEMS = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "open_clip_model")
 MAX_SHARD = 5_000_000_000  # bytes
 OWN_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Weights(Mapping[str, Tensor]):
@@ -136,13 +156,51 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._temporary(len(self._written))
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes through a private temporary file
+        write_tensors(path, self._pending, {"format": "pt"})
         self._written.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def _temporary(self, number: int) -> Path:
         return self.directory / f"{self.stem}.part-{number + 1:05d}"
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file: wide numbers first, so that all lie aligned, then by name.
+
+    Raises `OSError` with the file's name, and `CheckpointMismatch` for a dtype that the format
+    lacks.
+    """
+    odd = sorted(name for name, tensor in tensors.items() if tensor.dtype not in DTYPES)
+    if odd:
+        raise CheckpointMismatch(
+            f"{path}: tensors of {', '.join(DTYPES.values())} expected, got "
+            f"{tensors[odd[0]].dtype} for {odd[0]}; convert it first"
+        )
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name in order:
+                flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def pickle_advice(name: str) -> str:

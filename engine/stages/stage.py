@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.run import Run, RunError, derive_seed
@@ -162,6 +163,16 @@ def find_weights(source: str, beside: Path) -> Path:
     )
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except SafetensorError as error:
+        raise CheckpointMismatch(
+            f"{path}: a whole safetensors file expected, got {error}; copy it again, or use an "
+            "earlier checkpoint"
+        ) from error
+
+
 def load_initial(
     model: nn.Module, source: str | Path | None, *, new: tuple[str, ...] = (), ema: bool = True
 ) -> None:
@@ -174,10 +185,10 @@ def load_initial(
     if source is None:
         return
     path = Path(source)
-    saved = read_tensors(path)
+    saved = _read(path)
     averaged = path.with_name("ema.safetensors")
     if ema and path.name == "model.safetensors" and averaged.is_file():
-        saved.update(read_tensors(averaged))
+        saved.update(_read(averaged))
     own = model.state_dict()
     wrong = [n for n in own if n in saved and own[n].shape != saved[n].shape]
     stored = {t.data_ptr() for n, t in own.items() if n in saved}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from engine.data.words import tiny_vocabulary
 from engine.run import Run
 from engine.runs import TINY_SEQUENCE, find_run
 from engine.stages.multimodal import MultimodalStage, best_mask, forward, token_weight
-from engine.stages.stage import Micro, find_stage
+from engine.stages.stage import Micro, find_stage, load_initial
 from focus.batch import IGNORE, Batch
 from focus.model import FocusModel
 from focus.segment.predictor import Prediction
+from parallel.checkpoint import CheckpointMismatch
 from parallel.optimizer import freeze
+from parallel.tensors import write_tensors
 
 
 def small(name: str) -> Run:
@@ -169,3 +172,15 @@ def test_best_mask_takes_the_best_score() -> None:
 def test_the_sequence_is_one_chain() -> None:
     runs = [make() for make in TINY_SEQUENCE]
     assert [run.init_from for run in runs] == [None, *(run.name for run in runs[:-1])]
+
+
+@pytest.mark.parametrize("broken", ["model", "ema"])
+def test_weights_that_are_cut_off_are_named(tmp_path: Path, broken: str) -> None:
+    model = nn.Linear(8, 8)
+    for name in ("model", "ema"):
+        write_tensors(tmp_path / f"{name}.safetensors", model.state_dict())
+    load_initial(model, tmp_path / "model.safetensors")
+    path = tmp_path / f"{broken}.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointMismatch, match=rf"{broken}\.safetensors: a whole safetensors"):
+        load_initial(model, tmp_path / "model.safetensors")

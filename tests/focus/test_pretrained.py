@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from focus.config import FORMAT_VERSION, ConfigError, focus_tiny, to_json
+from focus.config import FORMAT_VERSION, ConfigError, focus_3b, focus_tiny, to_json
 from focus.errors import CheckpointMismatch, TargetError
 from focus.migration import STEPS, migrate_config, migrate_name
 from focus.pretrained import SkipRandom, find_model, load_weights, read_config, save_model
-from focus.shards import ShardWriter, Weights
+from focus.shards import DTYPES, ShardWriter, Weights, write_tensors
 
 
 def net(seed: int) -> nn.Module:
@@ -172,6 +174,74 @@ def test_a_tensor_cannot_come_twice(tmp_path: Path) -> None:
     writer.add("b", torch.zeros(2))
     with pytest.raises(CheckpointMismatch, match="a comes twice"):
         writer.add("a", torch.zeros(2))
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_model(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", net(0), focus_tiny())
+    before = snapshot(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*model\.part-00001'"):
+            save_model(tmp_path / "m", nn.Linear(600, 600), focus_tiny())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert snapshot(tmp_path) == before
+
+
+def test_tensors_of_every_dtype_come_back(tmp_path: Path) -> None:
+    bits = torch.arange(24, dtype=torch.uint8)
+    tensors = {str(dtype): bits.view(dtype) for dtype in DTYPES if dtype != torch.bool}
+    tensors |= {"bool": bits > 3, "scalar": torch.tensor(1.5), "none": torch.zeros(0, 3)}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    weights = Weights.open(tmp_path / "a.safetensors")
+    for name, tensor in tensors.items():
+        assert weights[name].dtype == tensor.dtype and weights.shape(name) == tuple(tensor.shape)
+        found, given = weights[name].reshape(-1), tensor.reshape(-1)
+        assert torch.equal(found.view(torch.uint8), given.view(torch.uint8)), name
+    with pytest.raises(CheckpointMismatch, match=r"got torch\.complex64 for wave"):
+        write_tensors(tmp_path / "b.safetensors", {"wave": torch.zeros(2, dtype=torch.complex64)})
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def _set(part: str, name: str, value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda values: {**values, part: {**values[part], name: value}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _values: [], "a config's JSON object expected, got list"),
+        (lambda values: {**values, "format_version": True}, "format version 1 to"),
+        (_set("llm", "num_layers", "6"), r"config\.llm\.num_layers: int expected, got '6'"),
+        (_set("llm", "num_layers", 6.0), "int expected, got 6.0"),
+        (_set("llm", "num_layers", True), "int expected, got True"),
+        (_set("llm", "norm_eps", None), "float expected, got None"),
+        (_set("llm", "norm_eps", float("nan")), "float expected, got nan"),
+        (_set("llm", "tie_embeddings", 1), "bool expected, got 1"),
+        (_set("llm", "num_kv_heads", 0), "modulo"),
+        (_set("pixel", "multipliers", [1, "2"]), r"tuple\[int, \.\.\.\] expected"),
+        (_set("pixel", "image_size", [64]), r"tuple\[int, int\] expected, got \[64\]"),
+        (_set("region", "hierarchical_scale", "res9"), "expected, got 'res9'"),
+        (_set("diffusion", "condition", ["mask"]), r"'queries'\] expected, got \['mask'\]"),
+    ],
+)
+def test_wrong_values_of_a_config_are_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(change(to_json(focus_tiny()))))
+    with pytest.raises(CheckpointMismatch, match=message) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_values_of_every_kind_survive_json(tmp_path: Path) -> None:
+    for config in (focus_tiny(), focus_3b()):
+        (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+        assert read_config(tmp_path) == config
+    none = _set("region", "hierarchical_scale", None)(to_json(focus_tiny()))
+    (tmp_path / "config.json").write_text(json.dumps(none))
+    assert read_config(tmp_path).region.hierarchical_scale is None
 
 
 def test_pickles_are_refused_with_advice(tmp_path: Path) -> None:
