@@ -223,7 +223,7 @@ class Vocabulary:
         Raises:
             VocabularyError: the ids are not Qwen2.5's, so the published tables would not fit.
         """
-        tokenizer = source if isinstance(source, Tokenizer) else _read_tokenizer(Path(source))
+        tokenizer = source if isinstance(source, Tokenizer) else read_tokenizer(Path(source))
         if tokenizer.get_vocab_size() != QWEN_TEXT_SIZE:
             raise VocabularyError(
                 f"Qwen2.5's tokenizer of {QWEN_TEXT_SIZE} tokens expected, got "
@@ -272,7 +272,7 @@ class Vocabulary:
         except TypeError as error:
             raise VocabularyError(f"{path}: {error}") from error
         return cls(
-            _read_tokenizer(Path(directory)),
+            read_tokenizer(Path(directory)),
             settings.num_semantic,
             settings.num_pixel,
             prefix_space=settings.prefix_space,
@@ -307,7 +307,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, or that of a directory; raises `VocabularyError`."""
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise VocabularyError(f"{path} expected, but there is no such file")

@@ -73,11 +73,16 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_shard_bytes=args.shard * 1_000_000,
     )
-    values: dict[str, Any] = {"command": "import", "out": out, **asdict(report)}
-    return options.reply(values, _lines(report, out), args.json)
+    values: dict[str, Any] = {
+        "command": "import",
+        "out": out,
+        "has_tokenizer": args.llm is not None,
+        **asdict(report),
+    }
+    return options.reply(values, _lines(report, out, args.llm is not None), args.json)
 
 
-def _lines(report: Report, out: Path) -> list[str]:
+def _lines(report: Report, out: Path, has_tokenizer: bool) -> list[str]:
     lines = [
         f"{source} ({values['format']}): {values['tensors']} tensors loaded, "
         f"{len(report.skipped.get(source, []))} not used"
@@ -90,4 +95,9 @@ def _lines(report: Report, out: Path) -> list[str]:
         f"{out}: {report.parameters / 1e6:,.1f} M parameters in {len(report.files)} file(s); "
         "import.json lists every tensor that is new or not used"
     )
+    if not has_tokenizer:
+        lines.append(
+            f"{out} has no tokenizer, so --model cannot load it; give --llm as well for a model "
+            "that answers"
+        )
     return lines

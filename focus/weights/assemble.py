@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from focus.config import FocusConfig, to_json
@@ -26,6 +25,7 @@ from focus.vocabulary import (
     TOKENIZER,
     VOCABULARY,
     Vocabulary,
+    read_tokenizer,
 )
 from focus.weights import convnext, mask2former, movq, qwen2, qwen2_vl, sdxl
 from focus.weights.fresh import fresh
@@ -150,16 +150,16 @@ def configure(base: FocusConfig, places: dict[str, Path]) -> tuple[FocusConfig, 
 def read_vocabulary(directory: Path, config: FocusConfig) -> Vocabulary:
     """Extend the tokenizer of a language model by the config's visual codes.
 
-    Qwen2.5's own with the published codebooks gets the published ids. Raises `VocabularyError`,
-    `CheckpointMismatch`.
+    Qwen2.5's own with the published codebooks gets the published ids. Raises `VocabularyError`
+    (a file that is cut off, too), `CheckpointMismatch`.
     """
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER
     if not path.is_file():
         raise CheckpointMismatch(
             f"{path}: the tokenizer of the language model expected, found none; save it there with "
             "transformers' AutoTokenizer.save_pretrained"
         )
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read_tokenizer(path)
     codes = (config.semantic.codebook.num_codes, config.pixel.codebook.num_codes)
     if codes == (QWEN_SEMANTIC, QWEN_PIXEL) or tokenizer.get_vocab_size() == QWEN_TEXT_SIZE:
         return Vocabulary.from_qwen(tokenizer, num_semantic=codes[0], num_pixel=codes[1])

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import cli
+from engine.commands import import_
 from focus.config import FocusConfig, focus_3b, to_json
 from focus.errors import CheckpointMismatch, TargetError
 from focus.model import FocusModel
 from focus.pretrained import load_weights
-from focus.vocabulary import QWEN_PIXEL, QWEN_SEMANTIC
+from focus.vocabulary import QWEN_PIXEL, QWEN_SEMANTIC, Vocabulary, VocabularyError
 from focus.weights import convnext, fresh, movq, qwen2
-from focus.weights.assemble import Sources, assemble
+from focus.weights.assemble import Report, Sources, assemble, read_vocabulary
 from focus.weights.locate import locate
 from tests.focus import small_checkpoints as small
 
@@ -228,11 +229,27 @@ def test_command_writes_a_model_and_reports(
     assert cli.main([*arguments, "--config", str(tmp_path / "base"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["loaded"][str(tmp_path / "hf")]["format"] == "transformers ConvNeXt"
+    assert report["has_tokenizer"] is False
     config = read(out)
     assert config.hierarchical.dims == tuple(small.DIMS)
     load_weights(FocusModel(config), out)
     assert cli.main(["import", "--out", str(out)]) == 2
     assert "give at least one of --llm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_import_without_tokenizer_says_so(has_tokenizer: bool) -> None:
+    lines = import_._lines(Report(files=["model.safetensors"]), Path("made"), has_tokenizer)
+    assert ("made has no tokenizer, so --model cannot load it" in lines[-1]) is not has_tokenizer
+
+
+def test_a_tokenizer_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    Vocabulary.train(["one two"], 300, 1, 1).save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    assert read_vocabulary(tmp_path, small.base()).text_size > 256
+    (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2])
+    with pytest.raises(VocabularyError, match=r"tokenizer\.json: a tokenizer expected, got"):
+        read_vocabulary(tmp_path, small.base())
 
 
 def read(directory: Path) -> FocusConfig:
