@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.data.feed import Drawn, take_drawn
 from engine.data.ledger import Ledger
+from engine.meter import Meter, profiled, watched
 from engine.monitor import Monitor
-from engine.run import Run, RunError, derive_seed, to_json
+from engine.run import Run, RunError, derive_seed, fit, to_json
+from engine.sectioned import sectioned
 from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
 from focus.batch import Batch
 from parallel.checkpoint import CheckpointFolder
@@ -41,11 +43,28 @@ __all__ = ["NonFiniteLoss", "Outcome", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a training ended: steps done, whether a signal ended it early, the newest checkpoint."""
+    """How a training ended: steps done, whether a signal ended it early, the newest checkpoint.
+
+    `requeue` says that the signal was the scheduler's (SIGTERM, SIGUSR1), not a person's (SIGINT).
+    """
 
     step: int
     stopped: bool
     checkpoint: Path
+    requeue: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one training holds while it runs."""
+
+    run: Run
+    stage: Stage
+    engine: Engine
+    folder: CheckpointFolder
+    mesh: Mesh
+    ledger: Ledger
+    meter: Meter
 
 
 def train(
@@ -65,16 +84,30 @@ def train(
     """
     out_dir = Path(out_dir)
     stage = stage or find_stage(run.stage)
+    if run.parallel.megatron:
+        stage = sectioned(stage)
     if run.init_from is not None:
         weights = find_weights(run.init_from, out_dir.parent)
         run = dataclasses.replace(run, init_from=str(weights))
-    with open_mesh(run.parallel) as mesh, _own(out_dir, mesh), _stop_signals() as stop:
+    patience = run.timeout or 1800.0
+    with (
+        open_mesh(run.parallel, timeout=patience) as mesh,
+        _own(out_dir, mesh),
+        _stop_signals() as stop,
+    ):
+        run = fit(run, mesh.data_size)
         seed_everything(derive_seed(run.seed, "build"))
-        engine = build_engine(run, stage, mesh)
-        folder = CheckpointFolder(out_dir / "checkpoints", run.keep)
+        training = Training(
+            run=run,
+            stage=stage,
+            engine=build_engine(run, stage, mesh),
+            folder=CheckpointFolder(out_dir / "checkpoints", run.keep),
+            mesh=mesh,
+            ledger=Ledger(run, out_dir, mesh),
+            meter=Meter(run, mesh, out_dir),
+        )
         messages: list[str] = []
-        ledger = Ledger(run, out_dir, mesh)
-        start = _restore(run, stage, engine, folder, mesh, resume, messages.append, ledger)
+        start = _restore(training, resume, messages.append)
         last = min(run.steps, until or run.steps)
         monitor = Monitor(
             out_dir,
@@ -84,18 +117,23 @@ def train(
             log_every=run.log_every,
             leader=mesh.leader,
             stream=stream,
+            project=run.wandb,
         )
         try:
             for message in messages:
                 monitor.say(message)
-            step = _loop(run, stage, engine, folder, mesh, monitor, start, last, stop, ledger)
+            step = _loop(training, monitor, start, last, stop)
         except BaseException as error:
             # Frees the data loader now: its workers ignore signals and would outlive the error.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
             monitor.close()
-        return Outcome(step=step, stopped=step < last, checkpoint=folder.path(step))
+            training.meter.close()
+        stopped = step < last
+        requeue = stopped and not mesh.any(stop.interrupted)
+        checkpoint = training.folder.path(step)
+        return Outcome(step=step, stopped=stopped, checkpoint=checkpoint, requeue=requeue)
 
 
 def build_engine(run: Run, stage: Stage, mesh: Mesh) -> Engine:
@@ -118,103 +156,99 @@ def build_engine(run: Run, stage: Stage, mesh: Mesh) -> Engine:
 
 
 def _loop(
-    run: Run,
-    stage: Stage,
-    engine: Engine,
-    folder: CheckpointFolder,
-    mesh: Mesh,
-    monitor: Monitor,
-    start: int,
-    last: int,
-    stop: Callable[[], bool],
-    ledger: Ledger,
+    training: Training, monitor: Monitor, start: int, last: int, stop: Callable[[], bool]
 ) -> int:
     """Do steps start..last-1; return how many are done in all."""
-    engine.model.train()
-    batches = step_batches(ledger.planned(), stage, mesh, start, last)
-    step, saved, skipped = start, start if folder.steps() else -1, 0
-    while step < last and not mesh.any(stop()):
-        began = time.monotonic()
-        micros = _to(ledger.count(*next(batches)), mesh.device)
-        waited = time.monotonic() - began
-        try:
-            report = engine.step(step, micros, StepWork(run, stage, step, mesh))
-        except NonFiniteLoss as error:
-            skipped += 1
-            if skipped > run.skips:
-                raise
-            monitor.say(f"{error}; skipped ({skipped} of {run.skips} allowed)")
-            report = StepReport(loss=math.nan, terms={}, grad_norm=math.nan)
-        samples = sum(size for _, size in stage.micro_batches(run, step)) * mesh.data_size
-        step += 1
-        seconds = time.monotonic() - began
-        facts = {
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "rate": run.optimizer().scale(step - 1),
-            "samples_per_s": samples / seconds,
-            "seconds": seconds,
-            "data_wait": waited,
-        }
-        if skipped:
-            facts["skipped"] = float(skipped)
-        if mesh.size == 1 or step % run.log_every == 0 or step == last:
-            ledger.settle(step)
-        facts |= ledger.facts()
-        known = {name: value for name, value in facts.items() if math.isfinite(value)}
-        monitor.step(step, report.terms, known)
-        if step % run.save_every == 0 and step < last:
-            save(run, stage, engine, folder, mesh, step, ledger)
-            saved = step
-        if run.panel_every and (step % run.panel_every == 0 or step == last) and mesh.leader:
-            _panel(stage, engine.model, monitor, step)
-    if saved != step and step:  # before the first step the optimizer has no state to save
-        save(run, stage, engine, folder, mesh, step, ledger)
+    run, mesh, folder = training.run, training.mesh, training.folder
+    training.engine.model.train()
+    batches = step_batches(training.ledger.planned(), training.stage, mesh, start, last)
+    step, saved = start, start if folder.steps() else -1
+    with watched(run.timeout) as alive, profiled(run, monitor.folder, start) as profiler:
+        while step < last and not mesh.any(stop()):
+            alive()
+            report, facts = _step(training, monitor, step, batches)
+            step += 1
+            if mesh.size == 1 or step % run.log_every == 0 or step == last:
+                training.ledger.settle(step)
+            facts |= training.ledger.facts()
+            known = {name: value for name, value in facts.items() if math.isfinite(value)}
+            monitor.step(step, report.terms, known)
+            if profiler is not None:
+                profiler.step()
+            if step % run.save_every == 0 and step < last:
+                alive()
+                save(training, step)
+                saved = step
+            if run.panel_every and (step % run.panel_every == 0 or step == last) and mesh.leader:
+                _panel(training.stage, training.engine.model, monitor, step)
+        alive()
+        if saved != step and step:  # before the first step the optimizer has no state to save
+            save(training, step)
     if step < last:
         kept = f"saved {folder.path(step)}" if step else "nothing to save yet"
         monitor.say(f"stopped by a signal after step {step}; {kept}")
     return step
 
 
-def save(
-    run: Run,
-    stage: Stage,
-    engine: Engine,
-    folder: CheckpointFolder,
-    mesh: Mesh,
-    step: int,
-    ledger: Ledger,
-) -> None:
-    """Publish a checkpoint of step N: weights, optimizer, counters, the run itself."""
-    ledger.settle(step)
+def _step(
+    training: Training, monitor: Monitor, step: int, batches: Iterator[tuple[Sequence[Any], Drawn]]
+) -> tuple[StepReport, dict[str, float]]:
+    """Do one step; return its report and what the log says beside the loss terms.
+
+    Every rank raises or skips alike: engines agree on whether a loss or gradient is finite.
+    """
+    run, stage, mesh, meter = training.run, training.stage, training.mesh, training.meter
+    began = time.monotonic()
+    micros = _to(training.ledger.count(*next(batches)), mesh.device)
+    waited = time.monotonic() - began
+    try:
+        report = training.engine.step(step, micros, StepWork(run, stage, step, mesh))
+    except NonFiniteLoss as error:
+        meter.skipped += 1
+        if meter.skipped > run.skips:
+            raise
+        monitor.say(f"{error}; skipped ({meter.skipped} of {run.skips} allowed)")
+        report = StepReport(loss=math.nan, terms={}, grad_norm=math.nan)
+    samples = sum(size for _, size in stage.micro_batches(run, step)) * mesh.data_size
+    facts = {
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "rate": run.optimizer().scale(step),
+        **meter.facts(step + 1, micros, samples, time.monotonic() - began, waited),
+    }
+    return report, facts
+
+
+def save(training: Training, step: int) -> None:
+    """Publish a checkpoint of step N: weights, optimizer, counters, the run itself.
+
+    At the run's end a split model is written whole as well, for the next stage and for inference.
+    """
+    run, mesh, engine = training.run, training.mesh, training.engine
+    training.ledger.settle(step)
 
     def write(path: Path) -> None:
         engine.save(path)
+        if step >= run.steps:
+            engine.export(path / "model.safetensors")
         if not mesh.leader:
             return
         state = {
             "step": step,
             "data_size": mesh.data_size,
             "run": to_json(run),
-            "stage": stage.state(),
-            "data": ledger.state(),
+            "stage": training.stage.state(),
+            "data": training.ledger.state(),
+            "skipped": training.meter.skipped,
         }
         (path / "state.json").write_text(json.dumps(state, indent=1) + "\n")
 
-    folder.save(step, write, mesh)
+    training.folder.save(step, write, mesh)
 
 
-def _restore(
-    run: Run,
-    stage: Stage,
-    engine: Engine,
-    folder: CheckpointFolder,
-    mesh: Mesh,
-    resume: bool,
-    say: Callable[[str], None],
-    ledger: Ledger,
-) -> int:
+def _restore(training: Training, resume: bool, say: Callable[[str], None]) -> int:
     """Load the newest sound checkpoint; return the step to do next."""
+    folder, stage = training.folder, training.stage
     if not resume and folder.steps():
         raise RunError(
             f"{folder.folder} already holds checkpoints of steps {folder.steps()}; resume, or "
@@ -222,20 +256,21 @@ def _restore(
         )
 
     def read(path: Path) -> dict[str, Any]:
-        engine.load(path)
+        training.engine.load(path)
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         stage.load_state(state["stage"])
         return state
 
-    if mesh.leader:
+    if training.mesh.leader:
         folder.clean()
-    found = folder.load(read, say, mesh)
+    found = folder.load(read, say, training.mesh)
     if found is None:
         return 0
     step, state = found
-    ledger.resume(state.get("data", {}), step, int(state["data_size"]))
-    new = json.loads(json.dumps(to_json(run)))
-    changed = sorted(k for k in new if new[k] != state["run"].get(k))
+    training.meter.skipped = int(state.get("skipped", 0))
+    training.ledger.resume(state.get("data", {}), step, int(state["data_size"]))
+    new = json.loads(json.dumps(to_json(training.run)))
+    changed = sorted(k for k in new if new[k] != state["run"].get(k, new[k]))
     say(f"resuming after step {step}" + (f"; changed since: {', '.join(changed)}" * bool(changed)))
     return step
 
@@ -360,13 +395,28 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+class StopSignals:
+    """Which signals asked for an end so far; calling it says whether any did."""
+
+    def __init__(self) -> None:
+        self.caught: list[int] = []
+
+    def __call__(self) -> bool:
+        return bool(self.caught)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a person did (SIGINT)."""
+        return signal.SIGINT in self.caught
+
+
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def _stop_signals() -> Iterator[StopSignals]:
     """Turn SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) into a flag while the block runs."""
-    caught: list[int] = []
+    stop = StopSignals()
 
     def remember(number: int, _frame: types.FrameType | None) -> None:
-        caught.append(number)
+        stop.caught.append(number)
 
     before: dict[signal.Signals, Any] = {}
     try:
@@ -375,7 +425,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     except ValueError:
         pass  # not the main thread: whoever started it decides when to stop
     try:
-        yield lambda: bool(caught)
+        yield stop
     finally:
         for restored, handler in before.items():
             signal.signal(restored, handler)
