@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from bench.report import device_name
 from bench.timer import measure
 from engine.data.words import TOKENIZER
+from engine.process import seed_everything
 from engine.run import Run, derive_seed
 from engine.runs import find_run
 from engine.sectioned import sectioned
 from engine.stages.stage import Stage, find_stage
-from engine.train import StepDataset, StepWork, build_engine, seed_everything
+from engine.train import StepDataset, StepWork, build_engine
 from engine.workload import workload_of
 from focus.batch import Batch
 from focus.config import CONFIGS, LLMConfig

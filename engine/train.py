@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
-import random
-import signal
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +20,7 @@ from engine.data.feed import Drawn, take_drawn
 from engine.data.ledger import Ledger
 from engine.meter import Meter, profiled, watched
 from engine.monitor import Monitor
+from engine.process import ignore_signals, own_folder, seed_everything, stop_signals
 from engine.run import Run, RunError, derive_seed, fit, to_json
 from engine.sectioned import sectioned
 from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
@@ -92,8 +87,8 @@ def train(
     patience = run.timeout or 1800.0
     with (
         open_mesh(run.parallel, timeout=patience) as mesh,
-        _own(out_dir, mesh),
-        _stop_signals() as stop,
+        own_folder(out_dir, mesh),
+        stop_signals() as stop,
     ):
         run = fit(run, mesh.data_size)
         seed_everything(derive_seed(run.seed, "build"))
@@ -361,7 +356,7 @@ def step_batches(
         sampler=range(start, last),
         num_workers=run.workers,
         prefetch_factor=2 if run.workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         collate_fn=_same,
         pin_memory=mesh.device.type == "cuda",
     )
@@ -372,12 +367,6 @@ def _same(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Leave signals to the training process, which finishes its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _to(batch: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return batch
@@ -386,61 +375,3 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(_to(value, device) for value in batch)
     return batch.to(device) if hasattr(batch, "to") else batch
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and random."""
-    torch.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  (libraries draw from the global state)
-    random.seed(seed)
-
-
-class StopSignals:
-    """Which signals asked for an end so far; calling it says whether any did."""
-
-    def __init__(self) -> None:
-        self.caught: list[int] = []
-
-    def __call__(self) -> bool:
-        return bool(self.caught)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a person did (SIGINT)."""
-        return signal.SIGINT in self.caught
-
-
-@contextmanager
-def _stop_signals() -> Iterator[StopSignals]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) into a flag while the block runs."""
-    stop = StopSignals()
-
-    def remember(number: int, _frame: types.FrameType | None) -> None:
-        stop.caught.append(number)
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            before[number] = signal.signal(number, remember)
-    except ValueError:
-        pass  # not the main thread: whoever started it decides when to stop
-    try:
-        yield stop
-    finally:
-        for restored, handler in before.items():
-            signal.signal(restored, handler)
-
-
-@contextmanager
-def _own(out_dir: Path, mesh: Mesh) -> Iterator[None]:
-    """Hold the run folder's lock, so that two trainings never write into one folder."""
-    if not mesh.leader:
-        yield
-        return
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (out_dir / "lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"another training is writing to {out_dir}; choose another") from error
-        yield

@@ -185,10 +185,17 @@ def settings_of(run: Run) -> Settings:
     return Settings(frame=frame, sizes=sizes, crop=False, augment=augment)
 
 
-def turns_before(run: Run, task: str, size: int, step: int, number: int = 0) -> int:
-    """How many micro-batches of a task and size one rank has had before `number` of `step`."""
+def turns_before(
+    run: Run, task: str, size: int, step: int, number: int = 0, ranks: int | None = None
+) -> int:
+    """How many micro-batches of a task and size one rank has had before `number` of `step`.
+
+    A run with a `batch` gives each of `ranks` ranks its share of it; without, ranks do not matter.
+    """
     hits = [pair == (task, size) for pair in run.micro_batches]
     per_step = int(run.extra.get("tasks_per_step", len(hits)))
+    if run.batch is not None and ranks is not None:
+        per_step = run.batch // (size * ranks)
     rounds, rest = divmod(step * per_step + number, len(hits))
     return rounds * sum(hits) + sum(hits[:rest])
 
@@ -199,14 +206,15 @@ def index_of(run: Run, step: int, micro: Micro, ranks: Sequence[Sequence[int]] =
     ranks: (first step, ranks from there on), in order; nothing means the same number throughout.
     """
     spans = [(first, size) for first, size in ranks if first <= step] or [(0, micro.ranks)]
+
+    def turns(at: int, size: int, number: int = 0) -> int:
+        return turns_before(run, micro.task, micro.size, at, number, size)
+
     before = 0
     for (first, size), (end, _) in pairwise(spans):
-        before += size * (
-            turns_before(run, micro.task, micro.size, end)
-            - turns_before(run, micro.task, micro.size, first)
-        )
-    own = turns_before(run, micro.task, micro.size, step, micro.number)
-    own -= turns_before(run, micro.task, micro.size, spans[-1][0])
+        before += size * (turns(end, size) - turns(first, size))
+    first, size = spans[-1]
+    own = turns(step, size, micro.number) - turns(first, size)
     return before + own * micro.ranks + micro.rank
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from engine.cli import main
+from engine.data.feed import index_of
 from engine.dry_run import describe, render
 from engine.run import RunError, fit, from_json, override, to_json
 from engine.runs import RUNS, find_run
 from engine.runs_cluster import CLUSTER_RUNS, FOCUS_3B, SEQUENCES
+from engine.stages.stage import Micro
 from engine.workload import DRAWS, per_step
 from focus.config import CONFIGS, focus_3b, focus_3b_512, focus_300m
 from focus.model import FocusModel
@@ -188,3 +190,23 @@ def test_a_stage_with_phases_is_a_sequence() -> None:
         "focus_3b_stage3_512",
     ]
     assert len(find_runs("focus_300m")) == 11
+
+
+@pytest.mark.parametrize("name", ["focus_3b_stage3_256", "focus_3b_stage2"])
+def test_no_sample_is_lost_or_repeated_when_the_number_of_ranks_changes(name: str) -> None:
+    """8 ranks for 5 steps, then 64 for 7, then 16: every task's row is read without a gap."""
+    spans = [(0, 8), (5, 64), (12, 16)]
+    seen: dict[tuple[str, int], list[int]] = {}
+    for step in range(15):
+        ranks = [size for first, size in spans if first <= step][-1]
+        run = fit(find_run(name), ranks)
+        mixture = run.micro_batches
+        count = int(run.extra.get("tasks_per_step", len(mixture)))
+        for number in range(count):
+            task, size = mixture[(step * count + number) % len(mixture)]
+            for rank in range(ranks):
+                micro = Micro(number=number, task=task, size=size, rank=rank, ranks=ranks)
+                seen.setdefault((task, size), []).append(index_of(run, step, micro, spans))
+    assert sum(size * len(rows) for (_, size), rows in seen.items()) == 15 * (run.batch or 0)
+    for rows in seen.values():
+        assert sorted(rows) == list(range(len(rows)))
