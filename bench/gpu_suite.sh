@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# GPU tests, kernel benchmarks, tuning and profiles in one call of under nine minutes; leaves JSON.
+# GPU tests, kernel benchmarks, profiles and tuning in one call of under nine minutes; leaves JSON.
 #   bench/gpu_suite.sh [OUT]
+# PYTHON names the interpreter. Exits 0 when every step did, 1 when one failed, 2 without a GPU.
 set -u
 cd "$(dirname "$0")/.."
 out="${1:-bench/results/gpu}"
 mkdir -p "$out"
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 status=0
@@ -25,14 +27,16 @@ import json, sys, torch, triton
 p = torch.cuda.get_device_properties(0)
 json.dump({"device": p.name, "memory": p.total_memory, "torch": torch.__version__,
            "triton": triton.__version__}, open(sys.argv[1], "w"))' "$out/device.json" \
-  || { echo "no CUDA device for PyTorch and Triton" >&2; exit 2; }
+  2>"$out/device.log" || { echo "no CUDA device for PyTorch and Triton: $out/device.log" >&2; exit 2; }
+arch="$("$python" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')"
 
-step tests 150 "$python" -m pytest -q -m gpu tests/kernels
-step aot 100 "$python" -m kernels.aot --arch "$("$python" -c '
-import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')" --out "$out/cubin"
-step bench 150 "$python" -m bench kernels --device cuda --repeats 30 --json "$out/kernels.json"
-step tune 90 "$python" -m kernels.tune --write
-step bench_tuned 45 "$python" -m bench kernels --device cuda --repeats 20 \
+step tests 130 "$python" -m pytest -q -m gpu tests/kernels
+step aot 90 "$python" -m kernels.aot --arch "$arch" --out "$out/cubin" --table "$out/aot.md"
+step bench 140 "$python" -m bench kernels --device cuda --repeats 30 --json "$out/kernels.json"
+step profile 40 "$python" -m bench profile_kernels --device cuda --json "$out/profile.json" \
+  --traces "$out/traces"
+step tune 80 "$python" -m kernels.tune --write
+step bench_tuned 40 "$python" -m bench kernels --device cuda --repeats 20 \
   --op mask_attention gated_cross_attention --json "$out/kernels_tuned.json"
 mkdir -p "$out/tuning"
 for operator in codebook_lookup gated_cross_attention mask_attention; do

@@ -26,10 +26,6 @@ from kernels.kernel import Case, Kernel, KernelUnsupported
 Inputs = dict[str, Any]
 # A contender may be off by this much in the norm; an index must be right except in fp32 ties.
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-BACKWARD = {
-    "mask_attention": ("query", "key_vectors", "value_vectors"),
-    "gated_cross_attention": ("query", "w_feature", "w_q", "w_k", "w_v", "w_o", "gate"),
-}
 
 
 def contenders(kernel: Kernel, device: str) -> dict[str, tuple[bool, Callable[[Inputs], Any]]]:
@@ -66,30 +62,31 @@ def _forced(kernel: Kernel, name: str, call: Callable[[], Any]) -> Callable[[], 
 
 def with_backward(kernel: Kernel, make: Callable[[Inputs], Any], inputs: Inputs) -> Any:
     """Return a call of forward and backward over the trainable inputs, features frozen."""
-    names = BACKWARD[kernel.name]
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in names}
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in kernel.trained}
     forward = make({**inputs, **leaves})
-    generator = torch.Generator().manual_seed(0)
-    shape = inputs[kernel.differentiable[0]].shape
-    weight = torch.randn(shape, generator=generator).to(inputs[names[0]])
+    weights: list[Tensor] = []
 
     def call() -> list[Tensor]:
         out = forward()
-        return list(torch.autograd.grad(out, list(leaves.values()), weight))
+        if not weights:
+            generator = torch.Generator().manual_seed(0)
+            weights.append(torch.randn(out.shape, generator=generator).to(out))
+        return list(torch.autograd.grad(out, list(leaves.values()), weights[0]))
 
     return call
 
 
 def oracle(kernel: Kernel, inputs: Inputs, rows: int = 256) -> Tensor:
-    """Return the fp64 answer; for attention only that of the first `rows` queries."""
-    wide = {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-    fastest = {"mask_attention": "structured", "gated_cross_attention": "absorbed"}
-    if kernel.name in fastest:
-        with dispatch.force(**{kernel.name: fastest[kernel.name]}), torch.no_grad():
-            return kernel.function(**wide)  # type: ignore[no-any-return]
+    """Return the fp64 answer; of a lookup, that of the first `rows` tokens, by its definition."""
+    if kernel.name != "codebook_lookup":
+        wide = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+        with dispatch.force(**{kernel.name: kernel.oracle}), torch.no_grad():
+            outputs = kernel.function(**wide)
+        truth: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        return truth
     x, codes = inputs["x"], inputs["codes"].double()
     found = []
     for chunk in x[:rows].double().split(32):
@@ -103,9 +100,11 @@ def accuracy(kernel: Kernel, got: Any, truth: Tensor, inputs: Inputs) -> tuple[f
     A lookup's error is its share of wrong indices; it is exact enough when every chosen code is
     within fp32 rounding of the nearest.
     """
-    if kernel.name != "codebook_lookup":
-        gap = float((got.double() - truth).norm() / truth.norm())
-        return gap, gap <= TOLERANCE[inputs["query"].dtype]
+    if not got.is_floating_point() and kernel.name != "codebook_lookup":
+        return float((got != truth).double().mean()), torch.equal(got, truth)
+    if got.is_floating_point():
+        gap = float((got.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+        return gap, gap <= TOLERANCE[got.dtype]
     index = got[: truth.shape[0]].to(truth)
     x, codes = inputs["x"][: truth.shape[0]].double(), inputs["codes"].double()
     mine, best = ((x - codes[i]).square().sum(1) for i in (index, truth))
@@ -120,24 +119,6 @@ def rate(device: str) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timing = timer.measure({"product": lambda: a @ b}, device=device, repeats=7)["product"]
     return 2.0 * size**3 / (timing.min_ms * 1e-3)
-
-
-def floor_flops(kernel: Kernel, case: Case, direction: str) -> float:
-    """Return the least arithmetic we know for a problem."""
-    size: dict[str, Any] = dict(case.sizes)
-    count: float
-    if kernel.name == "codebook_lookup":
-        count = 2.0 * size["tokens"] * size["codes"] * size["dim"]
-        return count
-    if kernel.name == "mask_attention":
-        lines = size["batch"] * size["heads"] * size["grid"][0] * size["grid"][1]
-        side = size["rows"] + size["columns"]
-        per_line = 2 * size["dim"] / 2 * side + 2 * size["rows"] * size["columns"]
-        count = 2.0 * lines * per_line * (3.0 if "backward" in direction else 1.0)
-        return count
-    loop = 2.0 * size["queries"] * size["heads"] * size["tokens"] * size["channels"]
-    count = size["batch"] * loop * (5.0 if "backward" in direction else 2.0)
-    return count
 
 
 def run_case(
@@ -166,7 +147,7 @@ def run_case(
     grad_mode = torch.enable_grad() if direction == "forward+backward" else torch.no_grad()
     with grad_mode:
         timings = timer.measure(calls, device=device, repeats=repeats)
-    floor = 1e3 * floor_flops(kernel, case, direction) / flops_per_s
+    floor = 1e3 * kernel.flops(case, direction) / flops_per_s if kernel.flops else math.nan
     rows = []
     for name, (is_peer, error, good) in checked.items():
         timing = timings.get(name)
@@ -211,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         for case in [c for c in kernel.cases if c.bench]:
             if chosen.case and not any(part in case.name for part in chosen.case):
                 continue
-            directions = ["forward"] + ["forward+backward"] * (kernel.name in BACKWARD)
+            directions = ["forward"] + ["forward+backward"] * bool(kernel.trained)
             for direction in directions:
                 found = run_case(
                     kernel, case, direction, chosen.device, chosen.repeats, flops_per_s

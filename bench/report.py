@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -80,7 +81,7 @@ def _line(rows: Sequence[Row], row: Row) -> str:
     peer = best_peer(rows, row)
     ratio = f"{peer.median_ms / row.median_ms:6.1f}x" if peer else "-"
     cpu = f"{peer.min_cpu_ms / row.min_cpu_ms:8.1f}x" if peer else "-"
-    share = f"{100 * row.floor_ms / row.median_ms:.0f}%"
+    share = "-" if math.isnan(row.floor_ms) else f"{100 * row.floor_ms / row.median_ms:.0f}%"
     return (
         f"  {name:34s} {row.median_ms:10.2f} {row.min_ms:9.2f} {row.min_cpu_ms:9.2f} {ratio:>7s} "
         f"{cpu:>9s} {row.extra_mb:9.1f} {share:>6s} {row.max_error:8.1e}"

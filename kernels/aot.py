@@ -1,10 +1,13 @@
 """Ahead-of-time compilation of the Triton kernels: cubin, PTX and launch description; no GPU.
 
-    python -m kernels.aot --arch sm_90 [--out DIR] [--op NAME]
+    python -m kernels.aot --arch sm_90 [--out DIR] [--op NAME] [--table FILE]
 
 Each operator folder lists its variants in `variants.py` (kernel, dtype, shape class, launch
 settings). The report gives registers, spills, shared memory, tensor-core instructions and, for the
-hot loop, instructions per element. Works with Triton 3.6 and the current release.
+hot loop, instructions per element; the command fails when a variant spills, when a product on
+sm_90 is not wgmma, or when a loop is longer than its variant allows. What is written takes exactly
+the listed arguments: the scratch pointers that Triton appends are cut off. Works with Triton 3.6
+and the current release.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-MATRIX = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA")
+from kernels import catalog
+
+WARPGROUP = ("HGMMA", "IGMMA", "QGMMA")  # wgmma: sm_90
+MATRIX = (*WARPGROUP, "HMMA", "IMMA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +36,9 @@ class Variant:
     """One kernel for one dtype and shape class.
 
     `signature` maps runtime arguments to Triton types ("*fp16", "i32", "fp32"); pointers and the
-    integers in `aligned` are compiled as multiples of 16. `elements` is the number of outputs of
-    the hot loop per thread and iteration (0: not counted).
+    integers in `aligned` are compiled as multiples of 16. `older` replaces constants, `num_warps`
+    and stages below sm_90. `elements` is the number of outputs of the hot loop per thread and
+    iteration (0: not counted), `most_per_element` what the loop may cost per output on sm_90.
     """
 
     name: str
@@ -42,6 +49,22 @@ class Variant:
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
     elements: int = 0
+    most_per_element: float = float("inf")
+    older: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, arch: str) -> Variant:
+        """Return the variant with its settings for an architecture."""
+        if number(arch) >= 90 or not self.older:
+            return self
+        constants = {k: self.older.get(k, v) for k, v in self.constants.items()}
+        stages = self.older.get("STAGES", self.num_stages)
+        warps = self.older.get("num_warps", self.num_warps)
+        return replace(self, constants=constants, num_warps=warps, num_stages=stages)
+
+
+def number(arch: str) -> int:
+    """Return 90 of "sm_90"."""
+    return int(arch.removeprefix("sm_"))
 
 
 @dataclass(kw_only=True)
@@ -56,16 +79,30 @@ class Report:
     matrix: dict[str, int] = field(default_factory=dict)
     loop: int = 0
     per_element: float | None = None
+    most_per_element: float = float("inf")
     error: str = ""
+
+    def complaints(self) -> list[str]:
+        """Return what is wrong with the variant."""
+        found = [f"failed: {self.error}"] if self.error else []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        old = [name for name in self.matrix if name not in WARPGROUP]
+        if old and number(self.arch) == 90:
+            found.append(f"products without wgmma: {', '.join(old)}")
+        per_element = self.per_element or 0.0
+        if number(self.arch) == 90 and per_element > self.most_per_element:
+            found.append(f"{per_element:.2f} instructions per element")
+        return found
 
 
 def variants(operators: list[str] | None = None) -> list[Variant]:
     """Return the variants of some or all operators."""
-    names = operators or ["codebook_lookup", "gated_cross_attention", "mask_attention"]
-    found: list[Variant] = []
-    for name in names:
-        found += importlib.import_module(f"kernels.{name}.variants").VARIANTS
-    return found
+    modules = catalog.optional("variants")
+    unknown = sorted(set(operators or ()) - set(modules))
+    if unknown:
+        raise ValueError(f"no variants of {unknown}; operators that have some: {sorted(modules)}")
+    return [v for name in operators or modules for v in modules[name].VARIANTS]
 
 
 def compile_variant(variant: Variant, arch: str) -> Any:
@@ -98,9 +135,7 @@ def compile_variant(variant: Variant, arch: str) -> Any:
         "num_stages": variant.num_stages,
         "enable_fp_fusion": True,
     }
-    return triton_compile(
-        source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options
-    )
+    return triton_compile(source, target=GPUTarget("cuda", number(arch), 32), options=options)
 
 
 def tool(name: str) -> str:
@@ -143,7 +178,10 @@ def parse(listing: str) -> list[Line]:
 
 
 def hot_loop(lines: list[Line]) -> list[Line]:
-    """Return the innermost loop with the most tensor-core instructions."""
+    """Return the innermost loop with the most tensor-core instructions.
+
+    Where no loop holds one but the kernel does, everything is unrolled: all of it is returned.
+    """
     at = {text: i for i, (op, text) in enumerate(lines) if op == "LABEL"}
     loops = []
     for i, (op, text) in enumerate(lines):
@@ -152,7 +190,10 @@ def hot_loop(lines: list[Line]) -> list[Line]:
             loops.append((at[target.group(1)], i))
     inner = [a for a in loops if not any(b != a and b[0] >= a[0] and b[1] <= a[1] for b in loops)]
     bodies = [[line for line in lines[a : b + 1] if line[0] != "LABEL"] for a, b in inner]
-    return max(bodies, key=lambda body: (_matrix_count(body), len(body)), default=[])
+    hot = max(bodies, key=lambda body: (_matrix_count(body), len(body)), default=[])
+    if _matrix_count(lines) and not _matrix_count(hot):
+        return [line for line in lines if line[0] != "LABEL"]
+    return hot
 
 
 def _matrix_count(lines: list[Line]) -> int:
@@ -174,32 +215,70 @@ def report(variant: Variant, arch: str, compiled: Any) -> Report:
         shared=int(compiled.metadata.shared),
         matrix={name: counts[name] for name in MATRIX if counts[name]},
         loop=len(body),
+        most_per_element=variant.most_per_element,
     )
     if variant.elements and body:
         result.per_element = (len(body) - _matrix_count(body)) / variant.elements
     return result
 
 
-def launch(variant: Variant, arch: str, compiled: Any) -> dict[str, Any]:
-    """Describe how to launch a cubin: arguments in order, threads, shared memory.
+def trim(ptx: str, arguments: int) -> str:
+    """Cut the parameters after the first `arguments` off the entry of a kernel.
 
-    Triton appends two scratch pointers to every kernel; none of ours uses them, so `hidden` tells
-    how many null pointers follow the listed arguments.
+    Triton appends two scratch pointers to every kernel; ours read neither.
+
+    Raises:
+        ValueError: the kernel reads one of them.
     """
+    entry = re.search(r"\.entry\s+(\w+)\((.*?)\)", ptx, re.S)
+    if entry is None:
+        raise ValueError("no kernel entry in the PTX; expected one .entry")
+    parameters = [part.strip() for part in entry.group(2).split(",")]
+    for index in range(arguments, len(parameters)):
+        if re.search(rf"\b{entry.group(1)}_param_{index}\b", ptx[entry.end() :]):
+            raise ValueError(
+                f"{entry.group(1)} reads hidden parameter {index}; launchers pass none"
+            )
+    kept = ",\n\t".join(parameters[:arguments])
+    return f"{ptx[: entry.start(2)]}\n\t{kept}\n{ptx[entry.end(2) :]}"
+
+
+def assemble(ptx: str, arch: str) -> bytes:
+    """Assemble PTX with the assembler and the options that Triton takes for `arch`."""
+    nvidia = importlib.import_module("triton.backends.nvidia.compiler")
+    release = re.search(r"release (\d+)", nvidia.get_ptxas_version(number(arch)))
+    options = ["--regAllocOptLevel=2"] if release and int(release.group(1)) >= 13 else []
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [
+            nvidia.get_ptxas(number(arch)).path,
+            *options,
+            f"--gpu-name={target and target[1]}",
+        ]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(out)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise ValueError(f"the assembler refused the trimmed kernel: {done.stderr[:300]}")
+        return out.read_bytes()
+
+
+def launch(variant: Variant, arch: str, compiled: Any) -> dict[str, Any]:
+    """Describe how to launch a trimmed cubin: arguments in order, threads, shared memory."""
     scratch = [
         getattr(compiled.metadata, name, 0) or 0
         for name in ("global_scratch_size", "profile_scratch_size")
     ]
     if any(scratch):
         raise ValueError(f"{variant.name} needs scratch memory {scratch}; launchers pass none")
-    entry = re.search(r"\.entry\s+\w+\((.*?)\)", compiled.asm["ptx"], re.S)
-    parameters = len(re.findall(r"\.param", entry.group(1))) if entry else 0
     return {
         "name": variant.name,
         "symbol": compiled.metadata.name,
         "arch": arch,
         "arguments": [{"name": n, "type": t} for n, t in variant.signature.items()],
-        "hidden": parameters - len(variant.signature),
+        "hidden": 0,
         "aligned_to_16": sorted(
             {n for n, t in variant.signature.items() if t.startswith("*")} | set(variant.aligned)
         ),
@@ -209,20 +288,28 @@ def launch(variant: Variant, arch: str, compiled: Any) -> dict[str, Any]:
     }
 
 
+def write(variant: Variant, arch: str, compiled: Any, result: Report, out: Path) -> None:
+    """Write cubin, PTX and launch description; the description last, so that it vouches for all."""
+    ptx = trim(compiled.asm["ptx"], len(variant.signature))
+    stem = out / f"{variant.name.replace('/', '-')}.{arch}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}.cubin").write_bytes(assemble(ptx, arch))
+    Path(f"{stem}.ptx").write_text(ptx)
+    measured = {k: v for k, v in asdict(result).items() if k != "most_per_element"}
+    description = {**launch(variant, arch, compiled), "report": measured}
+    Path(f"{stem}.json").write_text(json.dumps(description, indent=1))
+
+
 def build(variant: Variant, arch: str, out: Path | None) -> Report:
     """Compile, measure and optionally write one variant."""
+    variant = variant.on(arch)
     try:
         compiled = compile_variant(variant, arch)
     except Exception as error:  # the assembler's own failures are part of the report
         return Report(name=variant.name, arch=arch, error=str(error).splitlines()[0][:160])
     result = report(variant, arch, compiled)
     if out is not None:
-        stem = out / f"{variant.name.replace('/', '-')}.{arch}"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{stem}.cubin").write_bytes(compiled.asm["cubin"])
-        Path(f"{stem}.ptx").write_text(compiled.asm["ptx"])
-        description = {**launch(variant, arch, compiled), "report": asdict(result)}
-        Path(f"{stem}.json").write_text(json.dumps(description, indent=1))
+        write(variant, arch, compiled, result, out)
     return result
 
 
@@ -238,20 +325,41 @@ def line(result: Report) -> str:
     )
 
 
+TABLE_HEAD = (
+    "| kernel | arch | registers | spills | shared memory | tensor-core instructions "
+    "| hot loop | per element |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def table_row(result: Report) -> str:
+    """Format one row of the Markdown table."""
+    matrix = " + ".join(f"{v} {k}" for k, v in result.matrix.items()) or "none"
+    per = f"{result.per_element:.2f}" if result.per_element is not None else ""
+    return (
+        f"| `{result.name}` | {result.arch} | {result.registers} | {result.spills} "
+        f"| {result.shared / 1024:.1f} KB | {matrix} | {result.loop} | {per} |"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns 1 when a variant failed or spills."""
+    """Run the command; returns 1 when a variant fails, spills or breaks its limits."""
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_90"])
     parser.add_argument("--op", nargs="+")
     parser.add_argument("--out", type=Path, help="write cubin, PTX and launch description here")
+    parser.add_argument("--table", type=Path, help="write the report as a Markdown table here")
     chosen = parser.parse_args(arguments)
-    results = [
-        build(variant, arch, chosen.out) for arch in chosen.arch for variant in variants(chosen.op)
-    ]
-    for result in results:
-        print(line(result))
-    bad = [r.name for r in results if r.error or r.spills]
-    print(f"{len(results)} variants, {len(bad)} failed or spilling {bad if bad else ''}")
+    results: list[Report] = []
+    for arch in chosen.arch:
+        for variant in variants(chosen.op):
+            results.append(build(variant, arch, chosen.out))
+            print(line(results[-1]), flush=True)
+    if chosen.table:
+        chosen.table.write_text("\n".join([TABLE_HEAD, *map(table_row, results)]) + "\n")
+    bad = [(r.name, complaint) for r in results for complaint in r.complaints()]
+    print(f"{len(results)} variants, {len(bad)} complaints")
+    for name, complaint in bad:
+        print(f"  {name}: {complaint}")
     return 1 if bad else 0
 
 

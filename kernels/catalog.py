@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from types import ModuleType
 
 from kernels.kernel import Kernel
 
@@ -24,6 +26,16 @@ def record(module: str) -> Kernel:
     if not isinstance(kernel, Kernel):
         raise TypeError(f"{module}.KERNEL must be a kernels.kernel.Kernel, got {type(kernel)}")
     return kernel
+
+
+def optional(part: str) -> dict[str, ModuleType]:
+    """Return operator name -> its module `part` ("variants", "tuner"), of those that have one."""
+    found = {}
+    for module in OPERATORS:
+        folder = module.rpartition(".")[0]
+        if importlib.util.find_spec(f"{folder}.{part}") is not None:
+            found[folder.rpartition(".")[2]] = importlib.import_module(f"{folder}.{part}")
+    return found
 
 
 def kernel(name: str) -> Kernel:

@@ -7,7 +7,7 @@ odd-size and low-precision tests and the benchmark rows are generated from the r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,7 +90,9 @@ class Kernel:
     `function` is the public entry; `inputs(case, dtype, device)` makes its keyword arguments from a
     fixed seed; `differentiable` names those that get a gradient. Outputs with integer dtype must
     equal the fp64 oracle exactly, floating outputs stay within the error budget of
-    `tests/kernels`. `flops(case)` and `bytes(case)` give the hardware floor of the benchmark.
+    `tests/kernels`. For the benchmark: `trained` names the inputs that training differentiates
+    (none: forward rows only), `flops(case, direction)` the least arithmetic of a problem, from
+    which the hardware floor follows, `oracle` the implementation whose fp64 answer is the truth.
     """
 
     name: str
@@ -100,9 +102,9 @@ class Kernel:
     cases: tuple[Case, ...]
     differentiable: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
-    flops: Callable[[Case], float] | None = None
-    bytes: Callable[[Case], float] | None = None
-    notes: str = field(default="", compare=False)
+    trained: tuple[str, ...] = ()
+    flops: Callable[[Case, str], float] | None = None
+    oracle: str = "reference"
 
     def implementation(self, name: str) -> Implementation:
         """Return the implementation called `name`."""

@@ -9,7 +9,6 @@ Each operator's `tuner.py` lists shape classes, the settings to try and a call t
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import tuning
+from kernels import catalog, tuning
 
-OPERATORS = ("codebook_lookup", "gated_cross_attention", "mask_attention")
 Settings = dict[str, int]
 
 
@@ -84,16 +82,17 @@ def write(operator: str, arch: str, entries: dict[str, Settings]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__)
-    parser.add_argument("--op", nargs="+", default=list(OPERATORS))
+    parser.add_argument("--op", nargs="+", help="operators, all by default")
     parser.add_argument("--write", action="store_true", help="write the shipped tables")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tuning measures a GPU and finds none; heuristics stay in use", file=sys.stderr)
         return 2
     arch = tuning.architecture(torch.device("cuda"))
-    for operator in chosen.op:
-        trials = importlib.import_module(f"kernels.{operator}.tuner").trials()
-        best = tune(operator, trials, arch)
+    for operator, module in catalog.optional("tuner").items():
+        if chosen.op and operator not in chosen.op:
+            continue
+        best = tune(operator, module.trials(), arch)
         print(json.dumps({operator: best}, indent=1))
         if chosen.write:
             write(operator, arch, best)

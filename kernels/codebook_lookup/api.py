@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.codebook_lookup import reference
-from kernels.codebook_lookup.cases import CASES, make_inputs
+from kernels.codebook_lookup.cases import CASES, least_flops, make_inputs
 from kernels.device import interpreted_cost, refuse_triton
 from kernels.kernel import Implementation, Kernel, Request, ShapeError
 from kernels.remember import Remembered
@@ -252,4 +252,5 @@ KERNEL = Kernel(
     inputs=make_inputs,
     differentiable=("x", "codes"),
     cases=CASES,
+    flops=least_flops,
 )

@@ -30,6 +30,14 @@ CASES = (
 )
 
 
+def least_flops(case: Case, direction: str) -> float:
+    """Return the arithmetic of one product of every token with every code."""
+    del direction
+    size = case.sizes
+    count: float = 2.0 * size["tokens"] * size["codes"] * size["dim"]
+    return count
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Make tokens and codes of the wanted kind."""
     size = case.sizes

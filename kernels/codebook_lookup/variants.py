@@ -26,6 +26,7 @@ VARIANTS = [
         num_stages=3,
         aligned=("K", "span"),
         elements=rows * 256 // (32 * warps),
+        most_per_element=1.3,
     )
     for rows, warps in ((128, 4),)
 ] + [

@@ -12,15 +12,10 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.gated_cross_attention import explicit, reference
-from kernels.gated_cross_attention.cases import CASES, make_inputs
-from kernels.gated_cross_attention.cost import (
-    absorbed_cost,
-    explicit_cost,
-    literal_cost,
-    refuse,
-    triton_cost,
-)
-from kernels.kernel import Implementation, Kernel, Request, ShapeError
+from kernels.gated_cross_attention.cases import CASES, least_flops, make_inputs
+from kernels.gated_cross_attention.implementations import IMPLEMENTATIONS, request_of
+from kernels.gated_cross_attention.training import training_forward
+from kernels.kernel import Kernel, ShapeError
 
 
 def gated_cross_attention(
@@ -50,7 +45,8 @@ def gated_cross_attention(
 
     Returns:
         [B, Q, D] in the dtype of `residual`. Under autocast products run in its dtype, softmax and
-        epilogue in fp32. A query whose every feature is padded returns its residual.
+        epilogue in fp32. A query whose every feature is padded returns its residual. NaN and Inf
+        propagate: of a query to its row, of a feature to every query of its row of the batch.
 
     Gradients: everything but the padding mask.
 
@@ -69,7 +65,7 @@ def gated_cross_attention(
     if not trains or torch.compiler.is_exporting():
         out = _forward(*arguments)
         return out
-    request = _request(cast[0], cast[1], num_heads, cast[1].requires_grad, True)
+    request = request_of(cast[0], cast[1], num_heads, cast[1].requires_grad, True)
     chosen = dispatch.choose(KERNEL, request)
     if chosen.name == "explicit":  # autograd through library kernels is the best backward here
         with torch.autocast(query.device.type, enabled=False):
@@ -77,7 +73,7 @@ def gated_cross_attention(
     elif chosen.name == "reference":
         out = _forward(*arguments)
     else:
-        out = _training(*arguments, chosen.name)[0]
+        out = training_forward(*arguments, chosen.name)[0]
     return out
 
 
@@ -142,7 +138,7 @@ def _forward(
     num_heads: int,
     padding_mask: Tensor | None,
 ) -> Tensor:
-    chosen = dispatch.choose(KERNEL, _request(query, features, num_heads))
+    chosen = dispatch.choose(KERNEL, request_of(query, features, num_heads))
     arguments = (residual, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
     with torch.autocast(query.device.type, enabled=False):
         out: Tensor = dispatch.load(chosen.module).gated_cross_attention(
@@ -172,7 +168,7 @@ def _backward(
     padding_mask: Tensor | None,
     needs_features: bool,
 ) -> list[Tensor]:
-    chosen = dispatch.choose(KERNEL, _request(query, features, num_heads, needs_features, True))
+    chosen = dispatch.choose(KERNEL, request_of(query, features, num_heads, needs_features, True))
     arguments = (grad, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
     with torch.autocast(query.device.type, enabled=False):
         grads: list[Tensor] = dispatch.load(chosen.backward_module).gated_cross_attention_backward(
@@ -222,199 +218,11 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_grad, setup_context=_setup)
 
 
-@torch.library.custom_op("focus::gated_cross_attention_training", mutates_args=())
-def _training(
-    residual: Tensor,
-    query: Tensor,
-    features: Tensor,
-    w_feature: Tensor,
-    b_feature: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
-    gate: Tensor,
-    num_heads: int,
-    padding_mask: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (residual, query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
-    chosen = KERNEL.implementation(implementation)
-    with torch.autocast(query.device.type, enabled=False):
-        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = dispatch.load(
-            chosen.module
-        ).forward(*arguments, num_heads, padding_mask)
-    return results
-
-
-@_training.register_fake
-def _(
-    residual: Tensor,
-    query: Tensor,
-    features: Tensor,
-    w_feature: Tensor,
-    b_feature: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
-    gate: Tensor,
-    num_heads: int,
-    padding_mask: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    shape = (query.shape[0], num_heads, query.shape[1])
-    folded = (num_heads, query.shape[2] // num_heads, features.shape[2])
-    return (
-        residual.new_empty(residual.shape),
-        query.new_empty((*shape, features.shape[2]), dtype=dtype),
-        query.new_empty(shape, dtype=dtype),
-        query.new_empty(folded),
-        query.new_empty(folded),
-    )
-
-
-@torch.library.custom_op("focus::gated_cross_attention_training_backward", mutates_args=())
-def _training_backward(
-    grad: Tensor,
-    query: Tensor,
-    features: Tensor,
-    w_feature: Tensor,
-    b_feature: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
-    gate: Tensor,
-    num_heads: int,
-    padding_mask: Tensor | None,
-    needs_features: bool,
-    context: Tensor,
-    lse: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    implementation: str,
-) -> list[Tensor]:
-    chosen = KERNEL.implementation(implementation)
-    weights = (w_feature, b_feature, w_q, w_k, w_v, w_o)
-    rest = (gate, num_heads, padding_mask, needs_features, context, lse, keys, values)
-    with torch.autocast(query.device.type, enabled=False):
-        grads: list[Tensor] = dispatch.load(chosen.backward_module).backward(
-            grad, query, features, *weights, *rest
-        )
-    return grads
-
-
-@_training_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    features: Tensor,
-    w_feature: Tensor,
-    b_feature: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
-    gate: Tensor,
-    num_heads: int,
-    padding_mask: Tensor | None,
-    needs_features: bool,
-    context: Tensor,
-    lse: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    implementation: str,
-) -> list[Tensor]:
-    like = (query, features, w_feature, b_feature, w_q, w_k, w_v, w_o, gate)
-    return [t.new_empty((0,) if t is features and not needs_features else t.shape) for t in like]
-
-
-def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, num_heads, padding_mask, implementation = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors[1:], padding_mask, *output[1:])
-    ctx.num_heads, ctx.implementation = num_heads, implementation
-
-
-def _training_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, padding_mask, context, lse, keys, values = ctx.saved_tensors
-    needs_features = ctx.needs_input_grad[2]
-    grads: list[Tensor | None] = list(
-        _training_backward(
-            grad,
-            *tensors,
-            ctx.num_heads,
-            padding_mask,
-            needs_features,
-            context,
-            lse,
-            keys,
-            values,
-            ctx.implementation,
-        )
-    )
-    if not needs_features:
-        grads[1] = None
-    return grad, *grads, None, None, None
-
-
-_training.register_autograd(_training_grad, setup_context=_training_setup)
-
-
-def _request(
-    query: Tensor,
-    features: Tensor,
-    num_heads: int,
-    needs_features: bool = False,
-    backward: bool = False,
-) -> Request:
-    flags = (("feature_gradient", needs_features), ("backward", backward))
-    return Request(
-        device=query.device.type,
-        dtype=query.dtype,
-        sizes=(
-            ("batch", query.shape[0]),
-            ("queries", query.shape[1]),
-            ("tokens", features.shape[1]),
-            ("channels", features.shape[2]),
-            ("dim", query.shape[2]),
-            ("heads", num_heads),
-        ),
-        needs=frozenset(name for name, on in flags if on),
-    )
-
-
 KERNEL = Kernel(
     name="gated_cross_attention",
     function=gated_cross_attention,
     ops=("focus::gated_cross_attention",),
-    implementations=(
-        Implementation(
-            name="reference",
-            module="kernels.gated_cross_attention.reference",
-            cost=literal_cost,
-        ),
-        Implementation(
-            name="explicit",
-            module="kernels.gated_cross_attention.explicit",
-            backward="kernels.gated_cross_attention.reference",
-            cost=explicit_cost,
-        ),
-        Implementation(
-            name="absorbed",
-            module="kernels.gated_cross_attention.absorbed",
-            backward="kernels.gated_cross_attention.absorbed_backward",
-            cost=absorbed_cost,
-        ),
-        Implementation(
-            name="triton",
-            module="kernels.gated_cross_attention.triton",
-            refuse=refuse,
-            cost=triton_cost,
-        ),
-    ),
+    implementations=IMPLEMENTATIONS,
     inputs=make_inputs,
     differentiable=(
         "residual",
@@ -429,4 +237,7 @@ KERNEL = Kernel(
         "gate",
     ),
     cases=CASES,
+    trained=("query", "w_feature", "w_q", "w_k", "w_v", "w_o", "gate"),
+    flops=least_flops,
+    oracle="absorbed",
 )

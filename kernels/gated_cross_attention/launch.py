@@ -17,9 +17,19 @@ SETTINGS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "backward_rows": ({"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 2},) * 2,
     "backward_features": ({"BM": 32, "BN": 64, "num_warps": 4, "STAGES": 1},) * 2,
 }
+# Below sm_90 the operands of a product lie in registers too: more warps share them.
+OLDER: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "forward": (
+        {"BM": 64, "BN": 32, "num_warps": 8, "STAGES": 2},
+        {"BM": 32, "BN": 32, "num_warps": 8, "STAGES": 2},
+    ),
+    "backward_rows": ({"BM": 64, "BN": 32, "num_warps": 8, "STAGES": 2},) * 2,
+    "backward_features": ({"BM": 32, "BN": 32, "num_warps": 8, "STAGES": 1},) * 2,
+}
 WIDE = {"BM": 64, "BN": 32, "num_warps": 8, "STAGES": 1}  # fp32 operands
 
 
-def settings(kernel: str, channels: int, wide: bool) -> dict[str, int]:
-    """Return the heuristic settings of a kernel; `wide` for fp32 operands."""
-    return dict(WIDE if wide else SETTINGS[kernel][channels > BACKWARD_CHANNELS])
+def settings(kernel: str, channels: int, wide: bool, older: bool = False) -> dict[str, int]:
+    """Return the heuristic settings; `wide` for fp32 operands, `older` below sm_90."""
+    narrow = (OLDER if older else SETTINGS)[kernel][channels > BACKWARD_CHANNELS]
+    return dict(WIDE if wide else narrow)

@@ -199,7 +199,9 @@ def precision(dtype: torch.dtype) -> str:
 
 def _settings(kernel: str, features: Tensor) -> dict[str, int]:
     channels = features.shape[2]
-    default = launch.settings(kernel, channels, features.dtype is torch.float32)
+    on_gpu = features.device.type == "cuda"
+    older = on_gpu and torch.cuda.get_device_capability(features.device) < (9, 0)
+    default = launch.settings(kernel, channels, features.dtype is torch.float32, older)
     key = f"{kernel}/C{channels}/{str(features.dtype)[6:]}"
     return tuning.lookup("gated_cross_attention", key, features.device, default)
 

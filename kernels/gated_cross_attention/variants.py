@@ -23,7 +23,7 @@ KERNELS = {
 def variant(stage: str, channels: int, dtype: str) -> Variant:
     """Describe one kernel of one channel count and dtype."""
     kernel, pointers = KERNELS[stage]
-    setting = launch.settings(stage, channels, wide=False)
+    setting, older = (launch.settings(stage, channels, False, older) for older in (False, True))
     warps, stages = setting["num_warps"], setting["STAGES"]
     kinds = {name: f"*{dtype}" if name in OPERANDS else "*fp32" for name in pointers}
     if kernel == "backward_features":
@@ -46,6 +46,7 @@ def variant(stage: str, channels: int, dtype: str) -> Variant:
         constants=constants,
         num_warps=warps,
         num_stages=stages,
+        older=older,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.kernel import Implementation, Kernel, Request, ShapeError
-from kernels.mask_attention.cases import CASES, make_inputs
+from kernels.mask_attention.cases import CASES, least_flops, make_inputs
 from kernels.mask_attention.cost import dense_cost, refuse, separable_cost, triton_cost
 
 Size = tuple[int, int]
@@ -253,4 +253,7 @@ KERNEL = Kernel(
     inputs=make_inputs,
     differentiable=("query", "mask", "key_vectors", "value_vectors"),
     cases=CASES,
+    trained=("query", "key_vectors", "value_vectors"),
+    flops=least_flops,
+    oracle="structured",
 )

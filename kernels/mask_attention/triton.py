@@ -193,7 +193,9 @@ def precision(dtype: torch.dtype) -> str:
 def settings(kernel: str, query: Tensor, axis: int) -> dict[str, int]:
     """Return launch settings of a shape class."""
     key = f"{kernel}/D{query.shape[3]}/A{power_of_two(axis)}/{str(query.dtype)[6:]}"
-    default = {"BM": 64, "CHUNK": min(64, power_of_two(axis)), "num_warps": 4, "num_stages": 1}
+    # wgmma has 64 rows, and the backward's table gradient has CHUNK of them
+    chunk = 64 if kernel == "backward" else min(64, power_of_two(axis))
+    default = {"BM": 64, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
     return tuning.lookup("mask_attention", key, query.device, default)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from kernels.aot import Variant
 
 MODULE = "kernels.mask_attention.triton"
-# grid side: (BM, chunk, warps) forward, (BM, chunk, warps) backward
+# grid side: (BM, chunk, warps) forward, (BM, chunk, warps) backward; a chunk of the backward has
+# the 64 rows of wgmma even where the grid is narrower
 SETTINGS = {
-    32: ((64, 32, 4), (64, 32, 4)),
+    32: ((64, 32, 4), (64, 64, 4)),
     64: ((64, 64, 4), (64, 64, 4)),
     128: ((64, 64, 4), (64, 64, 8)),
 }
@@ -60,7 +61,7 @@ def backward(side: int, dtype: str, first: bool) -> Variant:
             "DP": 32,
             "BA": chunk,
             "BP": side,
-            "CHUNKS": side // chunk,
+            "CHUNKS": -(-side // chunk),
             "BM": rows,
             "FIRST": first,
             "PRECISION": "tf32",

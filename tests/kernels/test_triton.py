@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from kernels import catalog
 
 HERE = Path(__file__).resolve().parent
 needs_triton = pytest.mark.skipif(
@@ -17,7 +20,10 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-@pytest.mark.parametrize("operator", ["codebook_lookup", "gated_cross_attention", "mask_attention"])
+@pytest.mark.parametrize(
+    "operator",
+    [k.name for k in catalog.kernels() if any(i.name == "triton" for i in k.implementations)],
+)
 def test_interpreted_kernels_stay_within_the_error_budget(operator: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     run = subprocess.run(
@@ -58,4 +64,9 @@ def test_every_variant_compiles_without_spills(tmp_path: Path) -> None:
         env=env,
     )
     assert run.returncode == 0, run.stdout
-    assert len(list(tmp_path.rglob("*.cubin"))) == len(list(tmp_path.rglob("*.json"))) > 20
+    written = sorted(tmp_path.rglob("*.json"))
+    assert len(list(tmp_path.rglob("*.cubin"))) == len(written) > 20
+    for path in written:
+        listed = json.loads(path.read_text())["arguments"]
+        entry = path.with_suffix(".ptx").read_text().partition(".entry")[2].partition(")")[0]
+        assert entry.count(".param") == len(listed), path.name
