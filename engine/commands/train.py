@@ -21,8 +21,6 @@ EXAMPLES = (
     "focus train focus_tiny",
     'focus train focus_tiny_stage2 --set steps=20 --set "rates.front.adapter.*=1e-4"',
     "focus train focus_3b_stage3 --dry-run --gpus 64",
-    "torchrun --nproc-per-node 4 -m engine train focus_tiny_stage3 --set parallel.tp=2 "
-    "--set parallel.pp=2",
 )
 INTERRUPTED = 130
 REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM or SIGUSR1, saved, and worth starting again
