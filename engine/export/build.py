@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +66,37 @@ def export_bundle(
             }
             described[part.name] = describe_part(part, dtype, files)
             say(f"{part.name}: {', '.join(f'{b} {files[b][0]}' for b in backends)}")
-        manifest = {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "source": {"name": source, "config": focus.config.name},
-            "precision": precision,
-            "backends": list(backends),
-            "vocabulary": segments(focus.vocabulary),
-            "parts": described,
-            "files": _files(temporary),
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        write_manifest(
+            temporary, focus, described, backends=backends, precision=precision, source=source
+        )
         replace_directory(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
+
+
+def write_manifest(
+    folder: Path,
+    focus: Focus,
+    parts: Mapping[str, Any],
+    *,
+    backends: Sequence[str],
+    precision: str,
+    source: str = "",
+) -> None:
+    """Write the manifest over everything that lies in a folder; parts as `describe_part` says."""
+    manifest = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "source": {"name": source, "config": focus.config.name},
+        "precision": precision,
+        "backends": list(backends),
+        "vocabulary": segments(focus.vocabulary),
+        "parts": dict(parts),
+        "files": _files(folder),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def segments(vocabulary: Vocabulary) -> dict[str, list[int]]:
