@@ -151,7 +151,7 @@ def focus_tiny_stage2() -> Run:
         init_from="focus_tiny_stage1_diffusion",
         save_every=100,
         panel_every=0,
-        extra={"segmentation": False},
+        extra={"segmentation": False, "whiten": 256},
     )
 
 

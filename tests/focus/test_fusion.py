@@ -13,6 +13,7 @@ from focus.config import FusionConfig, HierarchicalConfig, VanillaConfig, focus_
 from focus.errors import ShapeError
 from focus.tokenizer.semantic import SemanticBranch
 from focus.vision.fusion import Fusion
+from focus.vision.whiten import whiten
 
 VANILLA = VanillaConfig(image_size=(28, 42), patch_size=7, out_dim=20)
 HIERARCHICAL = HierarchicalConfig(dims=(8, 12, 16, 24))
@@ -147,3 +148,19 @@ def test_fusion_and_semantic_branch_have_the_published_sizes() -> None:
     }
     assert round(size["entry"] + size["encoder"] + size["to_code"]) == 83
     assert round(size["from_code"] + size["decoder"] + size["out"]) == 83
+
+
+def test_a_whitened_projection_gives_every_direction_the_same_strength() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(6, 6, generator=generator) @ torch.diag(torch.logspace(0, 2, 6))
+    samples = torch.randn(40, 100, 6, generator=generator) @ mixed + 50.0
+    linear = torch.nn.Linear(6, 9)
+    whiten(linear, samples, generator)
+    out = linear(samples).flatten(0, 1).double()
+    assert out.mean(0).abs().max() < 1e-2
+    strengths = torch.linalg.eigvalsh(torch.cov(out.T))[-6:]
+    before = torch.linalg.eigvalsh(torch.cov(samples.flatten(0, 1).T.double()))
+    expected = (before / (before + 0.02 * before.mean())).sort().values
+    torch.testing.assert_close(strengths, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ShapeError, match="more than 6 samples of 6 channels expected"):
+        whiten(linear, samples[0, :6])
