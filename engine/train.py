@@ -340,7 +340,8 @@ class CountedDataset(StepDataset):
     """The same, with the samples that were read and left out."""
 
     def __getitem__(self, step: int) -> Any:
-        return super().__getitem__(step), take_drawn()
+        take_drawn(self.run)  # read before, outside of any step
+        return super().__getitem__(step), take_drawn(self.run)
 
 
 def step_batches(

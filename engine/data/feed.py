@@ -1,8 +1,9 @@
 """The records of a run from shards: the run's schedule names the tasks, a mixture the samples.
 
 Every (task, size) of the schedule has its own endless row of micro-batches (`Mixture`); which of
-them a rank takes at a step is a pure function of the run, so nothing is remembered but how many
-ranks there were from which step on (`extra["ranks"]`, kept by the training loop's ledger).
+them a rank takes at a step is a pure function of the run. A checkpoint keeps how many of each row
+all ranks together had drawn (`extra["drawn"]`, set by the training loop's ledger), so a training
+goes on in the same order with any number of ranks.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import os
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from focus.config import CONFIGS
 if TYPE_CHECKING:
     from engine.stages.stage import Micro
 
-RANKS = "ranks"  # key of run.extra: ((first step, data-parallel ranks from there on), ...)
+START = "drawn"  # key of run.extra: what `positions` returned for the step to go on from
 SPARES = 8  # other micro-batches to try where nothing of one can be read
 
 
@@ -111,13 +111,13 @@ class Feed:
             weights = told or weights
         return [Part(dataset=f, task=task, weight=w, size=size) for f, w in weights.items()]
 
-    def records(self, step: int, micro: Micro, ranks: Sequence[Sequence[int]]) -> list[Record]:
+    def records(self, run: Run, step: int, micro: Micro) -> list[Record]:
         """The records of one micro-batch; broken samples are left out and counted.
 
         A micro-batch of which nothing is left is replaced by one of another order, and counted.
         Raises: DataError when nothing readable is found.
         """
-        index = index_of(self.run, step, micro, ranks)
+        index = index_of(run, step, micro)
         for spare in range(SPARES + 1):
             loader = self._loader(micro.task, micro.size, spare)
             loaded: Loaded = loader.load(loader.mixture.pick(index))
@@ -149,9 +149,9 @@ class Feed:
             self._decoder = os.getpid(), open_decoder(name, threads)
         return self._decoder[1]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, run: Run) -> str:
         """Changes whenever another order of samples could come out."""
-        rows = [self.mixture(t, s).fingerprint for t, s in sorted(set(self.run.micro_batches))]
+        rows = [self.mixture(t, s).fingerprint for t, s in sorted(set(run.micro_batches))]
         return f"{derive_seed(*rows, self.settings):016x}"
 
     def take(self) -> Drawn:
@@ -200,22 +200,25 @@ def turns_before(
     return rounds * sum(hits) + sum(hits[:rest])
 
 
-def index_of(run: Run, step: int, micro: Micro, ranks: Sequence[Sequence[int]] = ()) -> int:
-    """Number of a micro-batch in its task's row, over all ranks there ever were.
-
-    ranks: (first step, ranks from there on), in order; nothing means the same number throughout.
-    """
-    spans = [(first, size) for first, size in ranks if first <= step] or [(0, micro.ranks)]
-
-    def turns(at: int, size: int, number: int = 0) -> int:
-        return turns_before(run, micro.task, micro.size, at, number, size)
-
-    before = 0
-    for (first, size), (end, _) in pairwise(spans):
-        before += size * (turns(end, size) - turns(first, size))
-    first, size = spans[-1]
-    own = turns(step, size, micro.number) - turns(first, size)
+def index_of(run: Run, step: int, micro: Micro) -> int:
+    """Number of a micro-batch in its task's row, over all ranks there ever were."""
+    start = run.extra.get(START, {})
+    own = turns_before(run, micro.task, micro.size, step, micro.number)
+    own -= turns_before(run, micro.task, micro.size, start.get("step", 0))
+    before = int(start.get("before", {}).get(f"{micro.task}/{micro.size}", 0))
     return before + own * micro.ranks + micro.rank
+
+
+def positions(run: Run, step: int, ranks: int) -> dict[str, Any]:
+    """How many micro-batches of each row are drawn before `step`, the last of them by `ranks`."""
+    start = run.extra.get(START, {})
+    before = {}
+    for task, size in sorted(set(run.micro_batches)):
+        name = f"{task}/{size}"
+        own = turns_before(run, task, size, step)
+        own -= turns_before(run, task, size, start.get("step", 0))
+        before[name] = int(start.get("before", {}).get(name, 0)) + own * ranks
+    return {"step": step, "before": before}
 
 
 _feeds: dict[tuple[str, str], Feed] = {}  # of this process
@@ -226,16 +229,14 @@ def open_feed(run: Run) -> Feed | None:
     folder = run.extra.get("shards")
     if folder is None:
         return None
-    plain = {k: v for k, v in run.extra.items() if k != RANKS}
-    name = (str(folder), repr((run.name, run.seed, run.model, run.micro_batches, plain)))
+    plain = {k: v for k, v in run.extra.items() if k not in (START, "tasks_per_step")}
+    name = (str(folder), repr((run.name, run.seed, run.model, run.stage, run.workers, plain)))
     if name not in _feeds:
         _feeds[name] = Feed(run, Path(typing.cast(str, folder)))
     return _feeds[name]
 
 
-def take_drawn() -> Drawn:
-    """What all feeds of this process read since the last call."""
-    found = Drawn()
-    for feed in _feeds.values():
-        found.add(feed.take())
-    return found
+def take_drawn(run: Run) -> Drawn:
+    """What the run's feed read in this process since the last call; nothing without shards."""
+    feed = open_feed(run)
+    return Drawn() if feed is None else feed.take()

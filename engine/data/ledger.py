@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from engine.data.feed import RANKS, Drawn, open_feed
+from engine.data.feed import START, Drawn, open_feed, positions
 from engine.data.manifest import Tally
 from engine.data.scene_model import DataError
 from engine.run import Run
@@ -35,20 +35,23 @@ class Ledger:
         self.path = folder / SKIPPED
         feed = open_feed(run)
         self.active = feed is not None
-        self.fingerprint = "" if feed is None else feed.fingerprint()
-        self.ranks: list[list[int]] = [[0, mesh.data_size]]
+        self.fingerprint = "" if feed is None else feed.fingerprint(run)
+        self.start: dict[str, Any] = {"step": 0, "before": {}}
+        self._step = 0
         self.tally = Tally(share=float(run.extra.get("bad_share", 0.1)))
         self.replaced = 0
         self._pending = Drawn()
 
     def planned(self) -> Run:
-        """The run as the data workers need it: with the ranks of every span of steps."""
+        """The run as the data workers need it: with what was drawn before it goes on."""
         if not self.active:
             return self.run
-        return dataclasses.replace(self.run, extra={**self.run.extra, RANKS: self.ranks})
+        return dataclasses.replace(self.run, extra={**self.run.extra, START: self.start})
 
     def resume(self, state: Mapping[str, Any], step: int, data_size: int) -> None:
         """Go on after `step`, where a checkpoint of `data_size` ranks left `state`.
+
+        A checkpoint without state was written before its run read shards: its order begins anew.
 
         Raises: DataError when the shards, sizes or seed would give another order of samples.
         """
@@ -60,9 +63,8 @@ class Ledger:
                 f"the data of this training ({told}) expected, got {self.fingerprint}: shards, "
                 "micro_batches, augmentation or seed changed; resume with those, or start anew"
             )
-        self.ranks = [list(span) for span in state.get("ranks", [[0, data_size]])]
-        if self.ranks[-1][1] != self.mesh.data_size:
-            self.ranks.append([step, self.mesh.data_size])
+        self._step = step
+        self.start = dict(state.get("drawn", {"step": step, "before": {}}))
         self.tally.good = int(state.get("good", 0))
         self.tally.bad.update(state.get("bad", {}))
         self.replaced = int(state.get("replaced", 0))
@@ -83,6 +85,7 @@ class Ledger:
 
         Raises: DataError, on every rank, once too many samples are broken.
         """
+        self._step = step
         if not self.active:
             return
         everyone: list[Any] = [(self.mesh.data_rank, self._pending)]
@@ -112,7 +115,7 @@ class Ledger:
             return {}
         return {
             "fingerprint": self.fingerprint,
-            "ranks": self.ranks,
+            "drawn": positions(self.planned(), self._step, self.mesh.data_size),
             "good": self.tally.good,
             "bad": dict(self.tally.bad),
             "replaced": self.replaced,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 
-from engine.data.feed import RANKS, open_feed
+from engine.data.feed import open_feed
 from engine.data.records import Record, Task
 from engine.data.scenes import sample
 from engine.run import Run
@@ -26,7 +26,7 @@ def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
     """
     feed = open_feed(run)
     if feed is not None:
-        return feed.records(step, micro, run.extra.get(RANKS, ()))
+        return feed.records(run, step, micro)
     task = typing.cast(Task, micro.task)
     seed = int(run.extra.get("data_seed", run.seed))
     size = config_of(run).hierarchical.image_size

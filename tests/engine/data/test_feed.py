@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from engine.data.convert.driver import Job, convert
 from engine.data.dali import dali_problem
-from engine.data.feed import RANKS, Feed, index_of
+from engine.data.feed import START, Feed, index_of, positions
 from engine.data.guard import DataError
+from engine.data.ledger import Ledger
 from engine.data.records import Record
 from engine.data.scenes import sample
 from engine.data.shards import read_index
@@ -26,7 +27,7 @@ from engine.data.world import Plan, join_plans, plan_of
 from engine.run import Run
 from engine.runs import find_run
 from engine.stages.stage import Micro, Stage, find_stage
-from engine.train import CountedDataset, StepDataset, train
+from engine.train import CountedDataset, train
 from focus.batch import Batch
 from parallel.mesh import Mesh
 
@@ -142,8 +143,12 @@ def equal(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def ids_of(run: Run, step: int, rank: int, ranks: int, history: Any = ()) -> list[list[str]]:
-    run = dataclasses.replace(run, extra={**run.extra, RANKS: history})
+def go_on(run: Run, step: int, ranks: int) -> Run:
+    """The run as it goes on after `ranks` ranks did the steps before `step`."""
+    return dataclasses.replace(run, extra={**run.extra, START: positions(run, step, ranks)})
+
+
+def ids_of(run: Run, step: int, rank: int, ranks: int) -> list[list[str]]:
     found = []
     for number in range(2):
         task, size = run.micro_batches[(step * 2 + number) % 3]
@@ -159,14 +164,14 @@ def test_one_then_two_then_four_ranks_go_on_in_the_same_order(world: Path) -> No
     for step in range(30):
         for task, *ids in ids_of(run, step, 0, 1):
             alone[task] += ids
-    history = ((0, 1), (4, 2), (9, 4))
     found: dict[str, list[str]] = {"vqa": [], "editing": []}
     for first, last, ranks in ((0, 4, 1), (4, 9, 2), (9, 12, 4)):
         for step in range(first, last):
-            by_rank = [ids_of(run, step, rank, ranks, history) for rank in range(ranks)]
+            by_rank = [ids_of(run, step, rank, ranks) for rank in range(ranks)]
             for of_all in zip(*by_rank, strict=True):
                 for task, *ids in of_all:
                     found[task] += ids
+        run = go_on(run, last, ranks)
     for task, ids in found.items():
         assert len(ids) > 15
         assert ids == alone[task][: len(ids)]
@@ -174,15 +179,15 @@ def test_one_then_two_then_four_ranks_go_on_in_the_same_order(world: Path) -> No
 
 def test_numbers_have_no_gap_and_no_repeat_at_any_change_of_ranks() -> None:
     run = make_run(None, steps=100)
-    spans = ((0, 2), (5, 4), (5, 3), (11, 1))
     seen: dict[str, list[int]] = {"vqa": [], "editing": []}
-    for step in range(20):
-        ranks = [size for first, size in spans if first <= step][-1]
-        for number in range(2):
-            task, size = run.micro_batches[(step * 2 + number) % 3]
-            for rank in range(ranks):
-                micro = Micro(number=number, task=task, size=size, rank=rank, ranks=ranks)
-                seen[task].append(index_of(run, step, micro, spans))
+    for first, last, ranks in ((0, 5, 2), (5, 5, 4), (5, 11, 3), (11, 20, 1)):
+        for step in range(first, last):
+            for number in range(2):
+                task, size = run.micro_batches[(step * 2 + number) % 3]
+                for rank in range(ranks):
+                    micro = Micro(number=number, task=task, size=size, rank=rank, ranks=ranks)
+                    seen[task].append(index_of(run, step, micro))
+        run = go_on(run, last, ranks)
     assert all(numbers == list(range(len(numbers))) for numbers in seen.values())
 
 
@@ -223,23 +228,27 @@ def test_a_resumed_training_reads_the_exact_next_samples(world: Path, tmp_path: 
     assert parts == whole
     assert log(tmp_path / "cut")[-1]["data/good"] == len(whole) == 4 * 8 + 2 * 4
     state = json.loads((tmp_path / "cut/checkpoints/step-6/state.json").read_text())
-    assert state["data"]["ranks"] == [[0, 1]]
+    assert state["data"]["drawn"] == {"step": 6, "before": {"editing/2": 4, "vqa/4": 8}}
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(world: Path, tmp_path: Path) -> None:
+    """The same shards with half the ranks, and so twice the micro-batches: nothing is lost."""
     go(make_run(world), tmp_path, until=2)
-    path = tmp_path / "checkpoints/step-2/state.json"
-    dataset = StepDataset(make_run(world, extra={RANKS: ((0, 2), (2, 1))}), Reader(), 0, 1)
-    expected = [one for step in range(2, 6) for micro in dataset[step] for one in micro]
-    from engine.data.ledger import Ledger
-
-    state = json.loads(path.read_text())["data"] | {"ranks": [[0, 2]]}
+    state = json.loads((tmp_path / "checkpoints/step-2/state.json").read_text())["data"]
+    state["drawn"] = positions(make_run(world), 2, 2)
     mesh = Mesh(rank=0, size=1, data_rank=0, data_size=1, device=torch.device("cpu"))
-    ledger = Ledger(make_run(world), tmp_path, mesh)
+    wide = make_run(world, extra={"tasks_per_step": 3})
+    ledger = Ledger(wide, tmp_path, mesh)
     ledger.resume(state, 2, 2)
-    assert ledger.ranks == [[0, 2], [2, 1]]
-    dataset = StepDataset(ledger.planned(), Reader(), 0, 1)
-    assert [one for step in range(2, 6) for micro in dataset[step] for one in micro] == expected
+    assert ledger.state()["drawn"] == {"step": 2, "before": {"editing/2": 2, "vqa/4": 6}}
+    feed = Feed(wide, world)
+    for task, size, before in (("vqa", 4, 6), ("editing", 2, 2)):
+        micro = Micro(number=wide.micro_batches.index((task, size)), task=task, size=size)
+        assert index_of(ledger.planned(), 2, micro) == before
+        expected = feed.mixture(task, size).pick(before).slot.numbers.tolist()
+        records = draw_records(ledger.planned(), 2, micro)
+        keys = [feed.datasets[str(world)].read(number).key for number in expected]
+        assert [record.id for record in records] == keys
 
 
 def test_other_data_are_refused_on_resume(world: Path, tmp_path: Path) -> None:
@@ -341,6 +350,7 @@ def test_datasets_side_by_side_are_mixed_by_their_weights(world: Path, tmp_path:
 
 def test_workers_count_what_they_read(world: Path) -> None:
     run = make_run(world)
+    draw_records(run, 9, Micro(number=0, task="vqa", size=4))  # no step's
     items, drawn = CountedDataset(run, Reader(), 0, 1)[0]
     assert drawn.good == sum(map(len, items)) == 6
     assert not CountedDataset(make_run(None), Reader(), 0, 1)[0][1]
