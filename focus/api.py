@@ -29,6 +29,7 @@ from focus.buckets import Bucket, buckets_for, match_bucket
 from focus.config import FocusConfig
 from focus.geometry import Letterbox
 from focus.model import CONDITION_KINDS, FocusModel
+from focus.pictures import read_picture, rgb_of
 from focus.pipeline import Pipeline, Session, codes_of, to_uint8
 from focus.pretrained import WEIGHTS, SkipRandom, find_model, load_weights, read_config, save_model
 from focus.prompts import REGION
@@ -342,19 +343,20 @@ class Focus:
 
 
 def read_pixels(image: Picture) -> Pixels:
-    """Return a picture as uint8 [H, W, 3]; raises `RequestError`."""
+    """Return a picture as uint8 [H, W, 3]; raises `RequestError`.
+
+    Files are turned upright; alpha is laid over white and deep grey brought to 8 bits, as
+    `focus.pictures` says. A PIL picture keeps its sides, so that masks and clicks fit it.
+    """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise RequestError(
                 f"a picture [H, W, 3] uint8 expected, got {image.shape} {image.dtype}"
             )
         return image
-    if not isinstance(image, PILImage.Image):
-        try:
-            image = PILImage.open(image)
-        except (OSError, PILImage.DecompressionBombError) as error:
-            raise RequestError(f"{image}: a picture file expected: {error}") from error
-    return np.asarray(image.convert("RGB"))
+    if isinstance(image, PILImage.Image):
+        return np.asarray(rgb_of(image))
+    return np.asarray(read_picture(image).image)
 
 
 def point(text: str) -> str:

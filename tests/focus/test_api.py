@@ -1,5 +1,6 @@
 """The public API on an untrained tiny model: sizes, refusals, repeatability."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_wrong_requests_say_what_was_expected(focus: Focus, picture: np.ndarray)
         focus.segment(picture, regions=[Click(200, 5)])
     with pytest.raises(RequestError, match="uint8"):
         read_pixels(picture.astype(np.float32))
-    with pytest.raises(RequestError, match="picture file"):
+    with pytest.raises(RequestError, match="No such file"):
         read_pixels("nowhere.png")
 
 
@@ -163,6 +164,48 @@ def test_a_region_takes_the_place_of_it() -> None:
     assert point("Replace that one by a star") == "Replace <region> by a star"
     assert point("remove") == "remove <region>"
     assert point("turn <region> red") == "turn <region> red"
+
+
+def test_files_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
+    upright = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_pixels(tmp_path / "turned.png"), upright)
+    with Image.open(tmp_path / "turned.png") as picture:
+        assert read_pixels(picture).shape == (6, 4, 3)  # as it lies: its owner's clicks fit it
+    deep = Image.fromarray(np.asarray([[0, 257, 65_535]], np.uint16))
+    deep.save(tmp_path / "deep.png")
+    clear = Image.new("RGBA", (1, 1), (9, 9, 9, 0))
+    clear.save(tmp_path / "clear.png")
+    for picture in (deep, tmp_path / "deep.png", str(tmp_path / "deep.png")):
+        assert read_pixels(picture)[0, :, 0].tolist() == [0, 1, 255]
+    for picture in (clear, tmp_path / "clear.png"):
+        assert read_pixels(picture).tolist() == [[[255, 255, 255]]]
+
+
+def _cut(path: Path) -> None:
+    Image.effect_noise((64, 64), 90).save(path, format="PNG")
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def _program(path: Path) -> None:
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(_cut, "damaged or truncated"), (_program, "not a picture")]
+)
+def test_files_that_are_no_pictures_are_refused_requests(
+    tmp_path: Path, make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path / "a.png")
+    with pytest.raises(RequestError, match=rf"a\.png: {message}"):
+        read_pixels(tmp_path / "a.png")
+    if make is _cut:
+        with Image.open(tmp_path / "a.png") as lazy, pytest.raises(RequestError, match=message):
+            read_pixels(lazy)
 
 
 def test_grey_and_transparent_pictures_become_rgb() -> None:
