@@ -6,6 +6,7 @@ Neither package is needed for folders of pictures and for GIF files. Frames are 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageSequence
+from PIL import Image
+
+from focus.pictures import PictureError, read_frames, read_picture
 
 Frame = npt.NDArray[np.uint8]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -46,16 +49,26 @@ def read_clip(
     path = Path(path)
     if every < 1 or limit < 1:
         raise VideoError(f"every and limit of at least 1 expected, got {every} and {limit}")
+    try:
+        frames, fps = _open(path, backend)
+        kept = _keep(path, frames, every, limit)
+    except PictureError as error:
+        raise VideoError(str(error)) from error
+    return VideoClip(frames=kept, fps=fps / every)
+
+
+def _open(path: Path, backend: str | None) -> tuple[Iterator[Frame], float]:
     if path.is_dir():
-        frames, fps = _folder(path), DEFAULT_FPS
-    elif not path.is_file():
+        return _folder(path), DEFAULT_FPS
+    if not path.is_file():
         raise VideoError(f"{path}: a video file or a folder of pictures expected, found nothing")
-    elif path.suffix.lower() == ".gif":
-        frames, fps = _gif(path)
-    elif find_backend(backend) == "av":
-        frames, fps = _read_av(path)
-    else:
-        frames, fps = _read_ffmpeg(path)
+    if path.suffix.lower() == ".gif":
+        return _gif(path)
+    return _read_av(path) if find_backend(backend) == "av" else _read_ffmpeg(path)
+
+
+def _keep(path: Path, frames: Iterator[Frame], every: int, limit: int) -> list[Frame]:
+    """Take one frame in `every`, at most `limit`; all of one size."""
     kept: list[Frame] = []
     for number, frame in enumerate(frames):
         if number % every:
@@ -70,7 +83,7 @@ def read_clip(
             break
     if not kept:
         raise VideoError(f"{path}: at least one frame expected, found none")
-    return VideoClip(frames=kept, fps=fps / every)
+    return kept
 
 
 def write_clip(
@@ -119,23 +132,15 @@ def find_backend(name: str | None = None) -> str:
 
 
 def _folder(path: Path) -> Iterator[Frame]:
-    names = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
-    for name in names:
-        try:
-            with Image.open(name) as picture:
-                yield np.asarray(picture.convert("RGB"))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise VideoError(f"{name}: a picture expected: {error}") from error
+    for name in sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES):
+        yield np.asarray(read_picture(name).image)
 
 
 def _gif(path: Path) -> tuple[Iterator[Frame], float]:
-    try:
-        picture = Image.open(path)
-    except OSError as error:
-        raise VideoError(f"{path}: a GIF expected: {error}") from error
-    duration = float(picture.info.get("duration") or 1000 / DEFAULT_FPS)
-    frames = (np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture))
-    return frames, 1000 / duration
+    pictures = read_frames(path)
+    first = next(pictures)
+    frames = (np.asarray(picture.image) for picture in itertools.chain([first], pictures))
+    return frames, 1 / first.seconds if first.seconds > 0 else DEFAULT_FPS
 
 
 def _read_av(path: Path) -> tuple[Iterator[Frame], float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine.data.scenes import clip
 from engine.video_files import DEFAULT_FPS, VideoError, find_backend, read_clip, write_clip
@@ -59,6 +61,51 @@ def test_without_a_package_the_message_says_what_to_install(
         find_backend()
     with pytest.raises(VideoError, match="a GIF"):
         write_clip(tmp_path / "clip.mp4", FRAMES)
+
+
+def test_frames_are_read_with_the_care_of_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    Image.fromarray(np.asarray([[0, 257, 65_535]], np.uint16)).save(folder / "0.png")
+    Image.new("RGBA", (3, 1), (9, 9, 9, 0)).save(folder / "1.png")
+    first, second = read_clip(folder).frames
+    assert first[0, :, 0].tolist() == [0, 1, 255]
+    assert (second == 255).all()
+
+
+def _bomb(path: Path) -> None:
+    """A GIF that says it has 400 million pixels."""
+    Image.new("P", (1, 1)).save(path, format="GIF")
+    content = bytearray(path.read_bytes())
+    content[6:10] = (20_000).to_bytes(2, "little") * 2
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    Image.effect_noise((64, 64), 90).save(path, format="GIF")
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_bomb, r"million pixels are read"),
+        (_cut, "damaged or truncated"),
+        (lambda path: path.write_text("no picture"), "not a picture"),
+    ],
+)
+@pytest.mark.parametrize("place", ["clip.gif", "frames"])
+def test_dangerous_and_broken_frames_are_refused(
+    tmp_path: Path, make: Callable[[Path], object], message: str, place: str
+) -> None:
+    clip, file = tmp_path / "clip.gif", tmp_path / "clip.gif"
+    if place == "frames":
+        clip, file = tmp_path / "frames", tmp_path / "frames" / "0.png"
+        clip.mkdir()
+    make(file)
+    with pytest.raises(VideoError, match=message) as caught:
+        read_clip(clip)
+    assert str(file) in str(caught.value)
 
 
 def test_wrong_clips_are_named(tmp_path: Path) -> None:
