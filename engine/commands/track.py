@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     name = options.stem(Path(args.clip).stem)
     suffix = Path(args.clip).suffix or ".gif"
-    if args.edit:
+    if args.edit is not None:
         frames, found = _edit(args, model, clip, regions)
         path = args.out / f"{name}.edited{suffix}"
     else:
@@ -98,13 +98,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    given = [bool(args.text), bool(args.classes), bool(args.regions)]
-    if args.edit:
-        if args.text or args.classes or len(args.regions or ()) > 1:
+    """Check and strip what is asked for; an empty text is an error, not another question."""
+    for name, what in (("text", "TEXT"), ("classes", "--classes"), ("edit", "--edit")):
+        if getattr(args, name) is not None:
+            setattr(args, name, options.check_text(getattr(args, name), what))
+    given = [args.text is not None, args.classes is not None, bool(args.regions)]
+    if args.edit is not None:
+        if given[0] or given[1] or len(args.regions or ()) > 1:
             raise options.UsageError("--edit takes its text and at most one region")
-        options.check_text(args.edit, "--edit")
     elif sum(given) != 1:
         raise options.UsageError("give one of TEXT, --classes or regions such as --click 40,60")
+    elif args.classes is not None and not _classes(args.classes):
+        raise options.UsageError(f"--classes: names by commas expected, got {args.classes!r}")
+
+
+def _classes(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _regions(args: argparse.Namespace, clip: VideoClip) -> list[Region]:
@@ -140,7 +149,7 @@ def _track(
         text=args.text,
         regions=regions or None,
         start=args.frame,
-        classes=args.classes.split(",") if args.classes else None,
+        classes=_classes(args.classes) if args.classes is not None else None,
         seed=args.seed,
     )
     frames = [

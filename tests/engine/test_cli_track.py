@@ -60,6 +60,12 @@ def test_tracking_writes_masks_and_a_clip(
     assert len(read_clip(report["written"]).frames) == 3
 
 
+def test_class_names_are_stripped(model: FakeModel, frames: str, tmp_path: Path) -> None:
+    arguments = ["track", frames, "--classes", " red circle, ,blue star "]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert model.given["classes"] == ["red circle", "blue star"]
+
+
 def test_editing_writes_the_edited_frames(
     model: FakeModel, frames: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +81,12 @@ def test_editing_writes_the_edited_frames(
         ([], "give one of TEXT, --classes or regions"),
         (["a circle", "--classes", "star"], "give one of TEXT"),
         (["a circle", "--edit", "make it red"], "--edit takes its text and at most one region"),
+        (["--edit", "", "--click", "1,1"], "--edit is empty; say what you want in words"),
+        ([" "], "TEXT is empty"),
+        (["", "--click", "1,1"], "TEXT is empty"),
+        (["x" * 1001], "TEXT has 1001 characters"),
+        (["--classes", "\ud800"], "--classes is not valid UTF-8"),
+        (["--classes", " , ,"], "--classes: names by commas expected, got ', ,'"),
         (["--click", "1,1", "--frame", "3"], "--frame: 0 to 2 expected, got 3"),
         (["--click", "99,1"], "a point inside the picture expected"),
     ],
