@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from focus.folder import beside, fresh_folder
 from focus.pictures import PictureError, read_frames, read_picture
 
 Frame = npt.NDArray[np.uint8]
@@ -91,32 +94,65 @@ def write_clip(
 ) -> Path:
     """Write a video file, a GIF, or, for a path without suffix, a folder of PNG files.
 
-    Video codecs want even sides: an odd last row or column is doubled. Raises `VideoError`.
+    Video codecs want even sides: an odd last row or column is doubled. The clip is there whole or
+    not at all; a folder of frames takes the place of an earlier one. Raises `VideoError` and
+    `OSError`.
     """
-    path = Path(path)
+    path = check_writable(path, backend)
     if not len(frames):
         raise VideoError("at least one frame to write expected, got none")
     if len({frame.shape for frame in frames}) != 1 or frames[0].dtype != np.uint8:
         raise VideoError("uint8 frames [H, W, 3] of one size expected")
     if not fps > 0:
         raise VideoError(f"a positive number of frames per second expected, got {fps}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:
-        path.mkdir(exist_ok=True)
-        for number, frame in enumerate(frames):
-            Image.fromarray(frame).save(path / f"{number:05d}.png")
-    elif path.suffix.lower() == ".gif":
-        pictures = [Image.fromarray(frame) for frame in frames]
-        pictures[0].save(
-            path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-        )
-    elif path.suffix.lower() not in VIDEOS:
-        raise VideoError(f"{path}: one of {', '.join(VIDEOS)}, .gif or no suffix expected")
-    elif find_backend(backend) == "av":
-        _write_av(path, frames, fps)
-    else:
-        _write_ffmpeg(path, frames, fps)
+        with fresh_folder(path) as folder:
+            for number, frame in enumerate(frames):
+                Image.fromarray(frame).save(folder / f"{number:05d}.png")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(path, "tmp").with_suffix(path.suffix)
+    try:
+        if path.suffix.lower() == ".gif":
+            _write_gif(temporary, frames, fps)
+        elif find_backend(backend) == "av":
+            _write_av(temporary, frames, fps)
+        else:
+            _write_ffmpeg(temporary, frames, fps)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
+
+
+def check_writable(path: str | Path, backend: str | None = None) -> Path:
+    """Return the path of a clip that `write_clip` can write; to be asked before hours of work.
+
+    Raises `VideoError`: a suffix of no format, no package for it, or a folder with other files than
+    frames, which would be lost.
+    """
+    path = Path(path)
+    if not path.suffix:
+        check_frames(path)
+    elif path.suffix.lower() != ".gif":
+        if path.suffix.lower() not in VIDEOS:
+            raise VideoError(f"{path}: one of {', '.join(VIDEOS)}, .gif or no suffix expected")
+        find_backend(backend)
+    return path
+
+
+def check_frames(folder: Path) -> None:
+    """Raise `VideoError` unless `folder` may be replaced: new, or with numbered PNGs only."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise VideoError(f"{folder}: a folder expected, got a file; give another name")
+        return
+    other = sorted(p.name for p in folder.iterdir() if not re.fullmatch(r"\d{5,}\.png", p.name))
+    if other:
+        raise VideoError(
+            f"{folder}: a new folder or one of frames (00000.png, ...) expected, got {other[:3]}; "
+            "give another name"
+        )
 
 
 def find_backend(name: str | None = None) -> str:
@@ -163,21 +199,31 @@ def _read_av(path: Path) -> tuple[Iterator[Frame], float]:
     return decode(), float(stream.average_rate or DEFAULT_FPS)
 
 
+def _write_gif(path: Path, frames: Sequence[Frame], fps: float) -> None:
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )
+
+
 def _write_av(path: Path, frames: Sequence[Frame], fps: float) -> None:
     import av
 
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(
-            "libx264" if "libx264" in av.codecs_available else "mpeg4",
-            rate=Fraction(fps).limit_denominator(1000),
-        )
-        height, width = _even(frames[0]).shape[:2]
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": "12"}
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    try:
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream(
+                "libx264" if "libx264" in av.codecs_available else "mpeg4",
+                rate=Fraction(fps).limit_denominator(1000),
+            )
+            height, width = _even(frames[0]).shape[:2]
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            stream.options = {"crf": "12"}
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise VideoError(f"{path}: the video cannot be written: {error}") from error
 
 
 def _read_ffmpeg(path: Path) -> tuple[Iterator[Frame], float]:

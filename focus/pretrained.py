@@ -7,12 +7,10 @@ read. Pickles are refused: a checkpoint is data and must not be able to run code
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from focus.config import FORMAT_VERSION, FocusConfig, from_json, to_json
 from focus.errors import CheckpointMismatch, TargetError
+from focus.folder import fresh_folder
+from focus.folder import replace_directory as replace_directory
 from focus.migration import migrate_config, migrate_name, version_of
 from focus.shards import (
     MAX_SHARD,
@@ -170,9 +170,7 @@ def save_model(
     index. Raises `TargetError`, `OSError`.
     """
     directory = check_target(directory)
-    temporary = beside(directory, "tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with fresh_folder(directory) as temporary:
         carry_over(directory, temporary)
         state = model.state_dict()
         ties = _ties(state)
@@ -185,10 +183,6 @@ def save_model(
         (temporary / CONFIG).write_text(json.dumps(to_json(config), indent=2) + "\n")
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        replace_directory(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def check_target(directory: str | Path) -> Path:
@@ -226,28 +220,9 @@ def _is_ours(path: Path) -> bool:
     return isinstance(values, dict) and "format_version" in values
 
 
-def beside(directory: Path, what: str) -> Path:
-    """Return a name next to `directory` that nothing of anybody's has."""
-    return directory.with_name(f".{directory.name}.{uuid4().hex[:12]}.{what}")
-
-
 def carry_over(directory: Path, temporary: Path, *, without: Collection[str] = ()) -> None:
     """Copy the files of a model's folder that are neither its weights nor named in `without`."""
     if directory.is_dir():
         for file in directory.iterdir():
             if not is_weights(file.name) and file.name not in without:
                 shutil.copy2(file, temporary / file.name, follow_symlinks=False)
-
-
-def replace_directory(temporary: Path, directory: Path) -> None:
-    """Put a finished directory in the place of another, which stays whole until the end."""
-    previous = beside(directory, "old")
-    if directory.exists():
-        os.rename(directory, previous)
-    try:
-        os.rename(temporary, directory)
-    except BaseException:
-        if previous.exists():
-            os.rename(previous, directory)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)

@@ -58,22 +58,22 @@ def run(args: argparse.Namespace) -> int:
     """Track or edit one clip; write a clip, masks and a report."""
     _check(args)
     from engine.pictures import write_json
-    from engine.video_files import read_clip, write_clip
+    from engine.video_files import check_frames, check_writable, read_clip, write_clip
 
+    name = options.stem(Path(args.clip).stem)
+    what = "tracked" if args.edit is None else "edited"
+    path = check_writable(args.out / f"{name}.{what}{_suffix(Path(args.clip))}")
+    check_frames(args.out / f"{name}.mask-1")
     clip = read_clip(args.clip, every=args.every, limit=args.limit)
     if args.frame >= len(clip.frames):
         raise options.UsageError(f"--frame: 0 to {len(clip.frames) - 1} expected, got {args.frame}")
     regions = _regions(args, clip)
     model = options.load_model(args.model, args.backend)
     start = time.perf_counter()
-    name = options.stem(Path(args.clip).stem)
-    suffix = Path(args.clip).suffix or ".gif"
     if args.edit is not None:
         frames, found = _edit(args, model, clip, regions)
-        path = args.out / f"{name}.edited{suffix}"
     else:
         frames, found = _track(args, model, clip, regions)
-        path = args.out / f"{name}.tracked{suffix}"
     report = {
         "command": "track",
         "model": args.model,
@@ -95,6 +95,15 @@ def run(args: argparse.Namespace) -> int:
     ]
     lines.append(f"{report['written']} ({report['seconds']:.2f} s)")
     return options.reply({**report, "report": saved}, lines, args.json)
+
+
+def _suffix(clip: Path) -> str:
+    """Return the format of the clip that is written: the one read, where we can write it."""
+    from engine.video_files import VIDEOS
+
+    if clip.is_dir():
+        return ".gif"
+    return clip.suffix if clip.suffix.lower() in (*VIDEOS, ".gif") else ".mp4"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -143,6 +152,8 @@ def _track(
 
     from engine.pictures import write_mask
     from engine.show import overlay
+    from engine.video_files import check_frames
+    from focus.folder import fresh_folder
 
     tracks = model.track(
         clip.frames,
@@ -162,8 +173,10 @@ def _track(
     objects = []
     for number, (label, masks) in enumerate(zip(tracks.names, tracks.masks, strict=True), 1):
         folder = args.out / f"{name}.mask-{number}"
-        for t, mask in enumerate(masks):
-            write_mask(mask, folder / f"{t:05d}.png")
+        check_frames(folder)
+        with fresh_folder(folder) as fresh:
+            for t, mask in enumerate(masks):
+                write_mask(mask, fresh / f"{t:05d}.png")
         seen = sum(bool(mask.any()) for mask in masks)
         scores = tracks.scores[number - 1]
         objects.append({"name": label, "seen": seen, "scores": scores, "masks": folder})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from focus.config import FocusConfig, to_json
 from focus.errors import CheckpointMismatch
+from focus.folder import fresh_folder
 from focus.model import FocusModel
-from focus.pretrained import CONFIG, beside, carry_over, check_target, replace_directory
+from focus.pretrained import CONFIG, carry_over, check_target
 from focus.settings import FILE as SETTINGS
 from focus.settings import Settings, write
 from focus.shards import MAX_SHARD, ShardWriter, Weights, narrow
@@ -97,9 +97,7 @@ def assemble(
     plans = make_plans(config, places, sources, vocabulary, list(own), seed)
     for plan in plans:
         plan.check(own)
-    temporary = beside(out, "tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with fresh_folder(out) as temporary:
         carry_over(out, temporary, without=OWN)
         buffers = {name for name, _ in meta.named_buffers()}
         writer = ShardWriter(temporary, max_bytes=max_shard_bytes)
@@ -120,10 +118,6 @@ def assemble(
         (temporary / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
         if vocabulary is not None:
             vocabulary.save(temporary)
-        replace_directory(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return report
 
 

@@ -37,7 +37,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
-    monkeypatch.setattr(options, "load_model", lambda name: fake)
+    monkeypatch.setattr(options, "load_model", lambda *_: fake)
     return fake
 
 
@@ -58,6 +58,32 @@ def test_tracking_writes_masks_and_a_clip(
     mask = np.asarray(Image.open(out / "clip.mask-1" / "00001.png"))
     assert (mask > 0).sum() == 200
     assert len(read_clip(report["written"]).frames) == 3
+
+
+def test_a_shorter_run_leaves_no_frames_of_the_longer(
+    model: FakeModel, frames: str, tmp_path: Path
+) -> None:
+    arguments = ["track", frames, "a circle", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--limit", "2"]) == 0
+    assert len(list((tmp_path / "out" / "clip.mask-1").iterdir())) == 2
+
+
+def test_what_cannot_be_written_is_said_before_the_work(
+    model: FakeModel,
+    frames: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dotted = Path(frames).rename(tmp_path / "take.v2")  # a folder, not a format
+    out = tmp_path / "out"
+    assert cli.main(["track", str(dotted), "a circle", "--out", str(out)]) == 0
+    assert (out / "take.tracked.gif").is_file()
+    (out / "take.mask-1" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(options, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert cli.main(["track", str(dotted), "a circle", "--out", str(out)]) == 2
+    assert "got ['notes.txt']" in capsys.readouterr().err
 
 
 def test_class_names_are_stripped(model: FakeModel, frames: str, tmp_path: Path) -> None:

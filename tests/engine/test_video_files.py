@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,39 @@ def test_dangerous_and_broken_frames_are_refused(
     with pytest.raises(VideoError, match=message) as caught:
         read_clip(clip)
     assert str(file) in str(caught.value)
+
+
+def test_a_folder_of_frames_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    write_clip(tmp_path / "frames", FRAMES)
+    write_clip(tmp_path / "frames", FRAMES[:2])
+    assert sorted(p.name for p in (tmp_path / "frames").iterdir()) == ["00000.png", "00001.png"]
+    (tmp_path / "frames" / "notes.txt").write_text("mine")
+    with pytest.raises(VideoError, match=r"one of frames .* expected, got \['notes\.txt'\]"):
+        write_clip(tmp_path / "frames", FRAMES)
+    assert (tmp_path / "frames" / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(VideoError, match="a folder expected, got a file"):
+        write_clip(tmp_path / "file", FRAMES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "frames"]
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "frames"])
+def test_a_failed_clip_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = write_clip(tmp_path / name, FRAMES[:2])
+    save = Image.Image.save
+
+    def full(picture: Image.Image, *given: Any, **named: Any) -> None:
+        save(picture, *given, **named)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_clip(path, FRAMES)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert len(read_clip(path).frames) == 2
 
 
 def test_wrong_clips_are_named(tmp_path: Path) -> None:
