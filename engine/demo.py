@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,7 +61,7 @@ def run_demo(
         sections.append(section)
         say(f"[{number}/{len(SECTIONS)}] {section.title}: {summary(section)}")
     measured = measure(model, seed, num, say)
-    curves = list(train_a_little(out / "training", say)) if train else []
+    curves = list(train_a_little(out, say)) if train else []
     seconds = time.perf_counter() - start
     facts = [
         ("model", model_name),
@@ -142,28 +142,32 @@ def look_up(values: Mapping[str, Any], path: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def train_a_little(folder: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Curve]:
-    """Train each stage of the sequence `focus_tiny` for a few steps, from random weights."""
+def train_a_little(out: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Curve]:
+    """Train each stage of the sequence `focus_tiny` for a few steps, from random weights.
+
+    The runs lie in a folder of their own inside `out`, which is gone afterwards.
+    """
     from engine.run import override
     from engine.runs import TINY_SEQUENCE
     from engine.train import train
 
-    shutil.rmtree(folder, ignore_errors=True)
-    for make in TINY_SEQUENCE:
-        run = override(make(), "workers=0", "panel_every=0")
-        start = time.perf_counter()
-        train(run, folder / run.name, until=steps, stream=io.StringIO())
-        seconds = time.perf_counter() - start
-        lines = (folder / run.name / "log.jsonl").read_text().splitlines()
-        log = [json.loads(line) for line in lines]
-        losses = tuple(float(line["loss"]) for line in log)
-        later = log[1:] or log  # the first step warms up
-        say(f"trained {run.name}: {len(log)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
-        yield Curve(
-            name=run.name,
-            told=(make.__doc__ or "").strip().partition("\n")[0],
-            losses=losses,
-            samples_per_second=sum(line["samples_per_s"] for line in later) / len(later),
-            seconds=seconds,
-        )
-    shutil.rmtree(folder, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix="training-") as name:
+        folder = Path(name)
+        for make in TINY_SEQUENCE:
+            run = override(make(), "workers=0", "panel_every=0")
+            start = time.perf_counter()
+            train(run, folder / run.name, until=steps, stream=io.StringIO())
+            seconds = time.perf_counter() - start
+            lines = (folder / run.name / "log.jsonl").read_text().splitlines()
+            log = [json.loads(line) for line in lines]
+            losses = tuple(float(line["loss"]) for line in log)
+            later = log[1:] or log  # the first step warms up
+            say(f"trained {run.name}: {len(log)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+            yield Curve(
+                name=run.name,
+                told=(make.__doc__ or "").strip().partition("\n")[0],
+                losses=losses,
+                samples_per_second=sum(line["samples_per_s"] for line in later) / len(later),
+                seconds=seconds,
+            )

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,30 @@ def test_demo_writes_page_and_report(
     assert "{{" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)  # all in one file
     assert 'style="width:25.0%"' in page
+
+
+def train_fake(stopped: bool) -> Any:
+    def train(run: Any, folder: Path, **_: Any) -> SimpleNamespace:
+        folder.mkdir(parents=True)
+        steps = [] if stopped else [{"loss": 2.0, "samples_per_s": 4.0}] * 2
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+        return SimpleNamespace(stopped=stopped)
+
+    return train
+
+
+def test_training_touches_only_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.runs import TINY_SEQUENCE
+
+    monkeypatch.setattr("engine.train.train", train_fake(stopped=False))
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "mine.txt").write_text("weeks of work")
+    curves = list(demo.train_a_little(tmp_path, lambda _line: None))
+    assert [curve.losses for curve in curves] == [(2.0, 2.0)] * len(TINY_SEQUENCE)
+    assert [p.name for p in tmp_path.iterdir()] == ["training"]
+    assert (tmp_path / "training" / "mine.txt").read_text() == "weeks of work"
 
 
 def test_page_escapes_what_users_and_models_say() -> None:
