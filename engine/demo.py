@@ -145,7 +145,8 @@ def look_up(values: Mapping[str, Any], path: str) -> float | None:
 def train_a_little(out: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Curve]:
     """Train each stage of the sequence `focus_tiny` for a few steps, from random weights.
 
-    The runs lie in a folder of their own inside `out`, which is gone afterwards.
+    The runs lie in a folder of their own inside `out`, which is gone afterwards. Raises
+    `KeyboardInterrupt` when a signal stops a run.
     """
     from engine.run import override
     from engine.runs import TINY_SEQUENCE
@@ -157,7 +158,9 @@ def train_a_little(out: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Cu
         for make in TINY_SEQUENCE:
             run = override(make(), "workers=0", "panel_every=0")
             start = time.perf_counter()
-            train(run, folder / run.name, until=steps, stream=io.StringIO())
+            outcome = train(run, folder / run.name, until=steps, stream=io.StringIO())
+            if outcome.stopped:  # by a signal, which training takes as a wish to save and return
+                raise KeyboardInterrupt
             seconds = time.perf_counter() - start
             lines = (folder / run.name / "log.jsonl").read_text().splitlines()
             log = [json.loads(line) for line in lines]

@@ -189,6 +189,14 @@ def test_training_touches_only_a_folder_of_its_own(
     assert (tmp_path / "training" / "mine.txt").read_text() == "weeks of work"
 
 
+def test_an_interrupt_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.train.train", train_fake(stopped=True))
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        list(demo.train_a_little(tmp_path, lines.append))
+    assert lines == [] and list(tmp_path.iterdir()) == []
+
+
 def test_page_escapes_what_users_and_models_say() -> None:
     page = render(
         facts=[("model", "<script>alert(1)</script>")], figures=[], sections=[], curves=[]
