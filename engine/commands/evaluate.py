@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; print a table, or write the figures as JSON."""
+    """Evaluate; print a table and write the figures as JSON, or print the JSON."""
     from engine.evaluate.tasks import MEASURES, evaluate
     from engine.pictures import dump_json, write_json
 
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(dump_json(report))
         return 0
+    print("\n".join(table(figures)), flush=True)  # first: hours of work, and the file may fail
     if args.json:
         write_json(report, Path(args.json))
-    print("\n".join(table(figures)))
     return 0
 
 

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.commands import options
@@ -63,15 +62,14 @@ def run(args: argparse.Namespace) -> int:
         **sizes,
         "machine": machine,
     }
-    if args.json not in (None, "-"):
-        from engine.pictures import dump_json
-
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_json(report) + "\n", encoding="utf-8")
     lines = [*_size_lines(config.name, sizes), "machine"]
     lines += [f"  {name:<18} {_say(value)}" for name, value in machine.items()]
-    return options.reply(report, lines, args.json == "-")
+    code = options.reply(report, lines, args.json == "-")
+    if args.json not in (None, "-"):
+        from engine.pictures import write_json
+
+        write_json(report, args.json)
+    return code
 
 
 def _size_lines(name: str, sizes: dict[str, Any]) -> list[str]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.commands import options
+
+if TYPE_CHECKING:
+    from engine.publish import Trained
 
 HELP = "turn a trained run into a model directory that `--model` takes"
 EXAMPLES = (
@@ -40,14 +44,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write weights, vocabulary, decoding defaults and, with figures, the card."""
-    from engine.publish import CARD, card, publish, read_figures, read_trained
+    from engine.pictures import write_bytes
+    from engine.publish import CARD, card, publish
 
-    figures = read_figures(args.figures)
-    trained = [read_trained(folder) for folder in args.trained]
+    figures = [_figures(path) for path in args.figures]
+    trained = [_trained(folder) for folder in args.trained]
+    if figures:
+        card(figures, trained, 0)  # what is wrong with it is found before a model is replaced
     model = publish(args.run, args.out)
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     if figures:
-        text = card(figures, trained, parameters)
-        (args.out / CARD).write_text(text)
+        write_bytes(card(figures, trained, parameters).encode(), args.out / CARD)
     report = {"command": "publish", "run": args.run, "model": args.out, "parameters": parameters}
     return options.reply(report, [f"{args.out}: {parameters:,} parameters"], args.json)
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """Read one report, which says of what split, seed and number its figures are."""
+    from engine.publish import MEASURES, read_figures
+
+    try:
+        values: Any = read_figures([path])[0]
+    except ValueError as error:
+        raise options.UsageError(
+            f"{path}: a report of `focus evaluate` expected: {error}"
+        ) from error
+    lacking = [key for key in ("split", "seed", "num") if _find(values, key) is None]
+    if lacking:
+        raise options.UsageError(
+            f"{path}: a report of `focus evaluate --json` expected, but it has no "
+            f"{', '.join(lacking)}; measure again"
+        )
+    for key, _ in MEASURES:
+        value = _find(values, key)
+        if value is not None and not isinstance(value, (int, float)):
+            raise options.UsageError(f"{path}: a number expected for {key}, got {value!r}")
+    return dict(values)
+
+
+def _find(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _trained(folder: Path) -> Trained:
+    from engine.publish import read_trained
+
+    try:
+        return read_trained(folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise options.UsageError(
+            f"{folder}: its newest checkpoint does not say how it was trained ({error}); give the "
+            "folder of a run"
+        ) from error

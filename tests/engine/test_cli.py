@@ -10,6 +10,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,79 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert len(err) < 600
     assert re.search(message, err), err
+
+
+def test_figures_are_printed_before_a_file_that_fails(
+    capsys: pytest.CaptureFixture[str],
+    model: FakeModel,
+    photo: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = {"vqa_accuracy": 0.5, "interactive_iou": {"box": 0.25}}
+    monkeypatch.setattr("engine.evaluate.tasks.evaluate", lambda *_, **__: figures)
+    code, out, err = focus(capsys, "evaluate", "--json", f"{photo}/figures.json")
+    assert code == 2 and "cannot be written" in err
+    assert out.split() == ["vqa_accuracy", "0.500", "interactive_iou.box", "0.250"]
+    code, out, err = focus(capsys, "info", "--no-flops", "--json", f"{photo}/sizes.json")
+    assert code == 2 and "cannot be written" in err
+    assert out.startswith("focus_tiny:") and "machine" in out
+
+
+def test_info_writes_its_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "sizes.json"
+    code, out, _ = focus(capsys, "info", "--no-flops", "--json", str(path))
+    assert code == 0 and out.startswith("focus_tiny:")
+    assert json.loads(path.read_text())["command"] == "info"
+    assert [p.name for p in path.parent.iterdir()] == ["sizes.json"]
+
+
+REPORT = {"split": "test", "seed": 0, "num": 5, "vqa_accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ("{", "f.json: a report of `focus evaluate` expected"),
+        ("[]", "it has no split, seed, num"),
+        (json.dumps({"seed": 0, "num": 5}), "it has no split"),
+        (json.dumps({**REPORT, "vqa_accuracy": "good"}), "a number expected for vqa_accuracy"),
+        (json.dumps(REPORT), ""),
+    ],
+)
+def test_publish_checks_its_card_before_it_replaces_a_model(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    report: str,
+    message: str,
+) -> None:
+    published: list[Path] = []
+
+    def publish(_run: str, out: Path) -> SimpleNamespace:
+        published.append(out)
+        return SimpleNamespace(model=SimpleNamespace(parameters=list))
+
+    monkeypatch.setattr("engine.publish.publish", publish)
+    (tmp_path / "f.json").write_text(report)
+    arguments = ["publish", "run", "--out", str(tmp_path / "m"), "--figures"]
+    code, _, err = focus(capsys, *arguments, str(tmp_path / "f.json"))
+    assert message in err
+    assert (code, published) == ((2, []) if message else (0, [tmp_path / "m"]))
+    if not message:
+        card = (tmp_path / "m" / "README.md").read_text()
+        assert "| question answering, exact match | 0.500 |" in card
+        assert [p.name for p in (tmp_path / "m").iterdir()] == ["README.md"]
+
+
+def test_publish_names_a_checkpoint_that_tells_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-1")
+    (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").write_text("{}")
+    arguments = ["publish", "run", "--out", str(tmp_path / "m"), "--trained"]
+    code, _, err = focus(capsys, *arguments, str(tmp_path / "run"))
+    assert code == 2 and "does not say how it was trained" in err
 
 
 def test_an_internal_error_is_one_line_and_exit_code_1(
