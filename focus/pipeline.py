@@ -29,7 +29,7 @@ from focus.grammar import Drawing, Keep, keep_outside
 from focus.inputs import collate, resize
 from focus.llm import KVCache
 from focus.model import CONDITION_KINDS, Features, FocusModel, pool_conditions
-from focus.request import Request
+from focus.request import Request, RequestError
 from focus.sampling import Sampling
 from focus.segment.predictor import Prediction
 from focus.settings import Settings
@@ -70,17 +70,19 @@ class Pipeline:
 
         features: reuses an encoded picture. region_vectors: [B, R, D], stand at the <region> tokens
         instead of what would be pooled from the regions. bucket: size of the picture to draw, by
-        default the config's own.
+        default the config's own. Raises `RequestError` when a prompt and its answer are longer than
+        the model reads.
         """
         config = self.model.config
+        bucket = bucket or bucket_of(config)
         batch = collate(requests, config, self.vocabulary, until="answer")
+        self.check_lengths(batch, bucket)
         if region_vectors is not None:
             batch = replace(batch, region_vectors=region_vectors)
         if features is None and batch.pictures is not None:
             features = self.model.front.encode(batch.pictures)
         embeddings = self.model.front.embed(batch, features)
         room = self.settings.words + 2 + config.segment.num_queries
-        bucket = bucket or bucket_of(config)
         room += picture_room(bucket) + 2
         cache = KVCache(
             config.llm,
@@ -92,6 +94,23 @@ class Pipeline:
         state = State(cache, embeddings.new_zeros(len(requests), embeddings.shape[2]))
         hidden = append(self.model, state, embeddings, batch.lengths)
         return Session(requests, batch, features, hidden, state, bucket)
+
+    def check_lengths(self, batch: Batch, bucket: Bucket) -> None:
+        """Raise `RequestError` unless prompts and answers fit into `llm.max_length` positions."""
+        limit, longest = self.model.config.llm.max_length, int(batch.lengths.max())
+        room = self.room(batch.task, bucket)
+        if longest + room > limit:
+            raise RequestError(
+                f"a {batch.task} prompt of at most {limit - room} tokens expected ({limit} less "
+                f"{room} for the answer), got {longest}; shorten the text or the dialogue, or give "
+                "fewer classes or regions"
+            )
+
+    def room(self, task: str, bucket: Bucket) -> int:
+        """Return the positions that an answer takes at most: words, mask queries, a picture."""
+        room = 0 if task == "generation" else self.settings.words
+        room += self.model.config.segment.num_queries if task in CONDITION_KINDS else 0
+        return room + (picture_room(bucket) if task in ("editing", "generation") else 0)
 
     def say(self, session: Session) -> list[Words]:
         """Decode the words of each row: an answer, or names up to [SEG]."""

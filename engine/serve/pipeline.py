@@ -63,7 +63,9 @@ class EnginePipeline(Pipeline):
         """
         config = self.model.config
         weight = self.model.front.mask_queries
+        bucket = bucket or bucket_of(config)
         batch = collate(requests, config, self.vocabulary, until="answer")
+        self.check_lengths(batch, bucket)
         if region_vectors is not None:
             batch = replace(batch, region_vectors=region_vectors)
         keys = [None if r.image is None else key_of(r.image) for r in requests]
@@ -72,7 +74,6 @@ class EnginePipeline(Pipeline):
         if seen:
             features = stack([entry.features for entry in seen])
         embeddings = self.model.front.embed(batch, features)
-        bucket = bucket or bucket_of(config)
         room = self.settings.words + 4 + config.segment.num_queries + picture_room(bucket)
         state = self._state(embeddings, room)
         hidden = self._read(state, batch, embeddings, seen)

@@ -1,6 +1,8 @@
 """The public API on an untrained tiny model: sizes, refusals, repeatability."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.serve.engine import Engine
 from focus import Box, Click, Focus, MaskRegion, Scribble
 from focus.api import point, read_pixels
+from focus.buckets import bucket_of
 from focus.config import focus_tiny
 from focus.errors import CheckpointMismatch
+from focus.inputs import collate
 from focus.model import FocusModel
+from focus.pipeline import Pipeline
 from focus.regions import RegionError
 from focus.request import Request, RequestError
 from focus.sampling import Sampling
@@ -157,6 +163,31 @@ def test_wrong_requests_say_what_was_expected(focus: Focus, picture: np.ndarray)
         read_pixels(picture.astype(np.float32))
     with pytest.raises(RequestError, match="No such file"):
         read_pixels("nowhere.png")
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(focus: Focus, picture: np.ndarray) -> None:
+    limit = focus.config.llm.max_length
+    with pytest.raises(RequestError, match=rf"at most {limit - 4} tokens expected") as caught:
+        focus.chat(picture, "how many stars are there? " * limit)
+    longest = int(re.search(r"got (\d+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert longest > limit
+    with pytest.raises(RequestError, match=r"a generation prompt .* fewer classes"):
+        focus.generate("a red circle and " * limit)
+    with pytest.raises(RequestError, match=rf"at most {limit - 4} tokens expected"):
+        Engine(focus).chat(picture, "how many stars are there? " * limit)
+
+
+def test_every_task_of_the_world_fits_the_tiny_model(focus: Focus) -> None:
+    from engine.data.records import TASKS
+    from engine.data.scenes import sample
+
+    pipeline = Pipeline(focus.model, focus.vocabulary, replace(SETTINGS, words=64))
+    bucket = bucket_of(focus.config)
+    for task in TASKS:
+        records = [sample(task, "test", 0, index, 64) for index in range(8)]
+        pipeline.check_lengths(
+            collate(records, focus.config, focus.vocabulary, until="answer"), bucket
+        )
 
 
 def test_a_region_takes_the_place_of_it() -> None:
