@@ -391,10 +391,8 @@ def _result(request: Request, found: Instances, said: str) -> SegmentResult:
         names = [request.classes[label] for label in labels]
     elif request.task == "interactive":
         spoken = [part.strip() for part in said.split(",")]
-        names = [
-            spoken[label] if len(spoken) == len(request.regions) else f"region {label + 1}"
-            for label in labels
-        ]
+        usable = len(spoken) == len(request.regions) and all(spoken)
+        names = [spoken[label] if usable else f"region {label + 1}" for label in labels]
     else:
         names = [said.strip() or request.text] * len(labels)
     return SegmentResult(

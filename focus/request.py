@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentResult:
-    """Masks of one picture at its own size, best first.
+    """Masks of one picture at its own size: best first, or one for each region in their order.
 
     masks: bool [H, W] each. names: the candidate of each mask (class name, expression, region).
     scores: confidence in [0, 1]. labels: candidate number of each. text: what the model said.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from engine.serve.engine import Engine
 from focus import Box, Click, Focus, MaskRegion, Scribble
-from focus.api import point, read_pixels
+from focus.api import _result, point, read_pixels
 from focus.buckets import bucket_of
 from focus.config import focus_tiny
 from focus.errors import CheckpointMismatch
@@ -188,6 +189,29 @@ def test_every_task_of_the_world_fits_the_tiny_model(focus: Focus) -> None:
         pipeline.check_lengths(
             collate(records, focus.config, focus.vocabulary, until="answer"), bucket
         )
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("", ["region 1"]),
+        (" red circle ", ["red circle"]),
+        ("circle, ", ["region 1", "region 2"]),
+        (",", ["region 1", "region 2"]),
+        ("star", ["region 1", "region 2"]),
+        ("star, ring", ["star", "ring"]),
+    ],
+)
+def test_regions_are_named_as_said_or_by_number(said: str, names: list[str]) -> None:
+    count = len(names)
+    request = Request(task="interactive", regions=(np.ones((2, 3), bool),) * count)
+    found = SimpleNamespace(
+        labels=torch.arange(count),
+        masks=torch.ones(count, 2, 3, dtype=torch.bool),
+        scores=torch.ones(count),
+        probabilities=torch.ones(count, 2, 3),
+    )
+    assert _result(request, found, said).names == names  # type: ignore[arg-type]
 
 
 def test_a_region_takes_the_place_of_it() -> None:
