@@ -185,13 +185,14 @@ class Pipeline:
         number = numbers.index((height, width)) if (height, width) in numbers else 0
         shape = (config.diffusion.vae.latent_channels, *(s // stride for s in size))
         seeds = [0] * len(codes.pixel) if seeds is None else seeds
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [torch.randn(shape, generator=generator) for generator in own]
         return self.model.heads.diffusion.sample(
             tokenizer.embed(codes),
             masks,
             settings.steps,
             settings.guidance,
-            torch.Generator().manual_seed(seeds[0]),
+            own,  # goes on where the first noise ended, for schedulers that draw at every step
             settings.scheduler,
             size=size,
             size_index=torch.full((len(codes.pixel),), number),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from focus.config import DiffusionConfig
@@ -20,6 +21,7 @@ from focus.diffusion.attention import (
 )
 from focus.diffusion.sampler import (
     Blend,
+    Generators,
     Guidance,
     build_scheduler,
     sample_latents,
@@ -191,7 +193,7 @@ class DiffusionDecoder(nn.Module):
         mask: Tensor | None = None,
         steps: int = 50,
         guidance: Guidance | float = 2.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         scheduler: str = "ddim",
         *,
         size: tuple[int, int] | None = None,
@@ -206,6 +208,8 @@ class DiffusionDecoder(nn.Module):
         codes: [B, K, hp, wp]. mask: [B, M, H', W'] in [0, 1]. size: (H, W) of the output,
         by default `picture_size(codes)`.
         guidance: a scale for the tokens or a `Guidance`. scheduler: see `build_scheduler`.
+        generator: of all that is drawn; a list has one for each row, so that rows do not depend on
+        their batch.
         noise: [B, L, h, w] unit normal to start from (video frames share one); drawn if None.
         states: [B, N, llm_dim] of the mask tokens, for condition "queries".
         source: [B, 3, H, W]; when given with a mask, everything outside the mask is kept from it
@@ -220,7 +224,7 @@ class DiffusionDecoder(nn.Module):
         resized, context = self.conditions(codes, mask, latent_size, states)
         if noise is None:
             shape = (codes.shape[0], self.config.vae.latent_channels, *latent_size)
-            noise = torch.randn(shape, device=codes.device, dtype=codes.dtype, generator=generator)
+            noise = randn_tensor(shape, generator, codes.device, codes.dtype)
         latents = sample_latents(
             self._guided(resized, context, guidance, size_index),
             noise,

@@ -28,6 +28,7 @@ SCHEDULERS: dict[str, str] = {
     "pndm": "PNDMScheduler",
 }
 NUM_TRAIN_STEPS = 1000
+Generators = torch.Generator | list[torch.Generator] | None  # one for all rows, or one for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,13 @@ def sample_latents(
     steps: int,
     *,
     blend: Blend | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise `noise` [B, L, h, w], unit normal, in `steps` steps with any diffusers scheduler.
 
     predict: (latents in, scaled as the scheduler wants, timestep) -> guided prediction, same shape.
+    generator: for the schedulers whose steps draw noise; a list has one for each row.
     on_step: called with the step number and the latents after it (progress, previews).
     """
     if steps < 1:
@@ -135,7 +137,7 @@ def _blend(
     return blended
 
 
-def _extra(scheduler: SchedulerMixin, generator: torch.Generator | None) -> dict[str, Any]:
+def _extra(scheduler: SchedulerMixin, generator: Generators) -> dict[str, Any]:
     """Pass the generator to the schedulers whose step draws noise."""
     names = scheduler.step.__code__.co_varnames
     return {"generator": generator} if "generator" in names else {}

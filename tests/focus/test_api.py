@@ -24,6 +24,7 @@ from focus.regions import RegionError
 from focus.request import Request, RequestError
 from focus.sampling import Sampling
 from focus.settings import Settings
+from focus.tokenizer.dual import Codes
 from focus.vocabulary import Vocabulary
 
 SETTINGS = Settings(
@@ -83,6 +84,23 @@ def test_results_repeat_and_do_not_depend_on_their_batch(focus: Focus) -> None:
         assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
     again = np.asarray(focus.generate("a ring", seed=0))
     assert np.array_equal(again, alone[0])
+
+
+@pytest.mark.parametrize("scheduler", ["euler_a", "ddpm"])
+def test_schedulers_that_draw_noise_do_not_depend_on_their_batch(
+    focus: Focus, scheduler: str
+) -> None:
+    settings = replace(SETTINGS, scheduler=scheduler, steps=3)
+    pipeline = Pipeline(focus.model, focus.vocabulary, settings)
+    semantic, pixel = (
+        torch.arange(2 * rows * columns).view(2, rows, columns) % 16
+        for rows, columns in bucket_of(focus.config).grids
+    )
+    together = pipeline.paint(Codes(semantic=semantic, pixel=pixel), seeds=[3, 5])
+    alone = pipeline.paint(Codes(semantic=semantic[1:], pixel=pixel[1:]), seeds=[5])
+    assert (together[1:] - alone).abs().max() < 1e-4
+    other = pipeline.paint(Codes(semantic=semantic[1:], pixel=pixel[1:]), seeds=[3])
+    assert (other - alone).abs().max() > 1e-3
 
 
 def test_saved_models_answer_alike(focus: Focus, picture: np.ndarray, tmp_path: Path) -> None:
