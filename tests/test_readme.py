@@ -63,7 +63,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pixels[(rows - 40) ** 2 + (columns - 60) ** 2 < 500] = (210, 30, 40)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     load = options.load_model
-    monkeypatch.setattr(options, "load_model", lambda name: shipped_model(load))
+    monkeypatch.setattr(options, "load_model", lambda *_: shipped_model(load))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

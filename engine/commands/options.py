@@ -161,11 +161,18 @@ def _read_points(path: Path) -> list[tuple[float, float]]:
     return points
 
 
-def load_model(name: str) -> Focus:
-    """Load the model of `--model` onto the engine; everything heavy is imported here."""
+def load_model(name: str, backend: str = "eager") -> Focus:
+    """Load the model of `--model` onto the engine, or a bundle's parts onto another backend.
+
+    Everything heavy is imported here.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if backend != "eager":
+        from engine.serve import backends
+
+        return backends.load_model(name, backend)
     from engine.serve.engine import Engine
 
     return Engine.from_pretrained(name)

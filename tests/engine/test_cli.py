@@ -69,7 +69,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
-    monkeypatch.setattr(options, "load_model", lambda name: fake)
+    monkeypatch.setattr(options, "load_model", lambda *_: fake)
     return fake
 
 
@@ -299,6 +299,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert re.search(message, err), err
 
 
+def test_a_bundle_is_opened_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.serve.backends.load_model", lambda *given: given)
+    assert options.load_model("bundle", "onnx") == ("bundle", "onnx")
+
+
 def test_figures_are_printed_before_a_file_that_fails(
     capsys: pytest.CaptureFixture[str],
     model: FakeModel,
@@ -375,7 +380,7 @@ def test_publish_names_a_checkpoint_that_tells_nothing(
 def test_an_internal_error_is_one_line_and_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_name: str) -> None:
+    def broken(*_: str) -> None:
         raise RuntimeError("weights\nare gone")
 
     monkeypatch.setattr(options, "load_model", broken)
@@ -391,7 +396,7 @@ def test_an_internal_error_is_one_line_and_exit_code_1(
 def test_a_warning_of_ours_is_one_line_and_one_of_a_library_is_silent(
     capsys: pytest.CaptureFixture[str], model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def warn(_name: str) -> None:
+    def warn(*_: str) -> None:
         for name, place in (("ours", options.__file__), ("theirs", np.__file__)):
             warnings.warn_explicit(f"{name} is weak", UserWarning, place, 1)
         raise ValueError("enough")
@@ -404,7 +409,7 @@ def test_a_warning_of_ours_is_one_line_and_one_of_a_library_is_silent(
 def test_an_interrupt_is_exit_code_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_name: str) -> None:
+    def interrupted(*_: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(options, "load_model", interrupted)

@@ -37,7 +37,7 @@ def model(weights: Path) -> Focus:
 
 @pytest.fixture
 def loaded(model: Focus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "load_model", lambda _name: model)
+    monkeypatch.setattr(options, "load_model", lambda *_: model)
 
 
 def pictures() -> dict[str, Image.Image]:
