@@ -36,7 +36,7 @@ def _plural(name: str) -> str:
 STEPS: dict[int, Step] = {1: Step(config=lambda values: values, name=_plural)}
 
 
-def version_of(values: Values) -> int:
+def version_of(values: Any) -> int:
     """Return the format version of a config's JSON values; raises `ConfigError`."""
     if not isinstance(values, dict):
         raise ConfigError(f"a config's JSON object expected, got {type(values).__name__}")
