@@ -17,6 +17,7 @@ from focus import prompts
 from focus.batch import Batch, Pictures
 from focus.config import FocusConfig
 from focus.geometry import letterbox
+from focus.packing import plan_rows
 from focus.regions import sample_points
 from focus.sequence import collate as join
 from focus.vocabulary import Vocabulary
@@ -94,10 +95,12 @@ def collate(
     *,
     seed: int | None = None,
     until: prompts.Until = "end",
+    pack: int = 0,
 ) -> Batch:
     """Build one batch of samples of one task.
 
-    `seed` makes the points of regions random (None: evenly spaced); `until` as in `prompts.build`.
+    `seed` makes the points of regions random (None: evenly spaced); `until` as in `prompts.build`;
+    `pack` is the length of packed rows in the trunk (0: a row per sequence).
     Raises ValueError when tasks differ.
     """
     tasks = {record.task for record in records}
@@ -105,6 +108,8 @@ def collate(
         raise ValueError(f"records of one task expected, got {sorted(tasks)}; batch them by task")
     sequences = [prompts.build(record, vocabulary, config, until=until) for record in records]
     fields: dict[str, object] = {**join(sequences, pad_id=vocabulary.pad_id)}
+    if pack:
+        fields["places"] = plan_rows([len(sequence) for sequence in sequences], pack)
     size = config.hierarchical.image_size
     images = [record.image for record in records if record.image is not None]
     if images:

@@ -25,6 +25,7 @@ from focus.batch import Batch, Pictures, Source
 from focus.config import FocusConfig
 from focus.diffusion.decoder import DiffusionDecoder
 from focus.llm import Qwen2Trunk
+from focus.packing import run_packed
 from focus.regions import RegionPooler
 from focus.segment.predictor import Prediction, SegmentationPredictor
 from focus.tokenizer.dual import Codes, DualTokenizer
@@ -258,6 +259,8 @@ class FocusModel(nn.Module):
         """Return the final hidden states [B, T, D] and the picture features they came from."""
         features = None if batch.pictures is None else self.front.encode(batch.pictures)
         embeddings = self.front.embed(batch, features)
+        if batch.places is not None:
+            return run_packed(self.trunk, embeddings, batch.places, batch.lengths), features
         return self.trunk(embeddings, lengths=batch.lengths), features
 
     def embed_tokens(self, input_ids: Tensor, grid: Tensor, next_grid: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class MultimodalStage(Stage):
 
     `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
     target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), and tasks_per_step: so many
-    of the run's micro-batches a step, in turn (default: all of them).
+    of the run's micro-batches a step, in turn (default: all of them); pack: length of the trunk's
+    packed rows (0: a row per sequence).
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,8 @@ class MultimodalStage(Stage):
         records = draw_records(run, step, micro)
         seed = micro.seed(run, step)
         records = drop_texts(records, float(run.extra.get("drop_text", 0.0)), seed)
-        return collate(records, config, tiny_vocabulary(config), seed=seed)
+        pack = int(run.extra.get("pack", 0))
+        return collate(records, config, tiny_vocabulary(config), seed=seed, pack=pack)
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return language and, when the run asks for it, segmentation terms."""
