@@ -1,19 +1,24 @@
 """Contenders of `bench serve` for decoding: one step of the language model, several ways.
 
-Each contender writes `num` tokens behind the same prompt; what is reported is the time of one more
-token: the time of many less the time of one, shared out. So the prompt costs nobody anything.
+Each contender writes `num` tokens behind the same prompt and ticks at every token; what is reported
+are the times between ticks. So the prompt costs nobody anything, and the least of many short times
+is what a token costs while nobody else has the core.
 """
 
 # B rows, T positions, D width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.timer import Timing, extra_memory
 from engine.serve.decode import Decoder
 from focus.api import Focus
 from focus.buckets import bucket_of
@@ -22,27 +27,33 @@ from focus.grammar import NOWHERE
 from focus.pipeline import Session
 from focus.sampling import Sampling
 
-Write = Callable[[int], Any]
+Tick = Callable[[], None]
+Write = Callable[[int, Tick], Any]
 
 
 def text_contenders(model: Focus, decoders: dict[str, Decoder], prompt: Tensor) -> dict[str, Write]:
     """Words behind a prompt [1, T, D]: recomputed, transformers' `generate`, ours."""
     theirs = transformers_twin(model)
 
-    def naive(num: int) -> list[int]:
-        return recompute(model, prompt, num)
+    def naive(num: int, tick: Tick) -> list[int]:
+        return recompute(model, prompt, num, tick)
 
-    def generate(num: int) -> list[int]:
+    def generate(num: int, tick: Tick) -> list[int]:
         found = theirs.generate(
-            inputs_embeds=prompt, max_new_tokens=num, min_new_tokens=num, do_sample=False
+            inputs_embeds=prompt,
+            max_new_tokens=num,
+            min_new_tokens=num,
+            do_sample=False,
+            streamer=Streamer(tick),
         )
         return [int(token) for token in found[0]]
 
     def ours(decoder: Decoder) -> Write:
-        def write(num: int) -> list[int]:
+        def write(num: int, tick: Tick) -> list[int]:
             state = prefill(decoder.model, prompt, room=num + 2)
             stop = [model.vocabulary.pad_id]  # nobody was taught to say it
-            return decoder.text(state, stop=stop, max_tokens=num)[0].ids
+            said = decoder.text(state, stop=stop, max_tokens=num, callback=lambda *_: tick())
+            return said[0].ids
 
         return write
 
@@ -53,8 +64,42 @@ def text_contenders(model: Focus, decoders: dict[str, Decoder], prompt: Tensor) 
     }
 
 
+class Streamer:
+    """What transformers calls at every token."""
+
+    def __init__(self, tick: Tick) -> None:
+        self._tick = tick
+
+    def put(self, value: Any) -> None:
+        """Take note of a token."""
+        self._tick()
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def measure_ticks(writers: dict[str, Write], num: int, repeats: int) -> dict[str, Timing]:
+    """Time between tokens; contenders take turns. Memory is that of the first turn."""
+    timings = {name: Timing() for name in writers}
+    for turn in range(repeats + 1):
+        for name, write in writers.items():
+            marks: list[tuple[float, float]] = []
+
+            def tick(marks: list[tuple[float, float]] = marks) -> None:
+                marks.append((time.perf_counter(), time.process_time()))
+
+            if not turn:  # it also warms
+                timings[name].extra_mb = extra_memory(partial(write, num, tick), "cpu")
+                continue
+            write(num, tick)
+            for (wall, cpu), (next_wall, next_cpu) in pairwise(marks):
+                timings[name].wall_ms.append(1e3 * (next_wall - wall))
+                timings[name].cpu_ms.append(1e3 * (next_cpu - cpu))
+    return timings
+
+
 @torch.no_grad()
-def recompute(model: Focus, prompt: Tensor, num: int) -> list[int]:
+def recompute(model: Focus, prompt: Tensor, num: int, tick: Tick) -> list[int]:
     """Write greedily without a cache: every token reads the whole sequence again."""
     network, embeddings = model.model, prompt
     nowhere = torch.tensor([[NOWHERE]])
@@ -65,6 +110,7 @@ def recompute(model: Focus, prompt: Tensor, num: int) -> list[int]:
         written.append(int(token))
         new = network.embed_tokens(token[:, None], nowhere, nowhere)
         embeddings = torch.cat([embeddings, new], 1)
+        tick()
     return written
 
 
@@ -100,23 +146,36 @@ def transformers_twin(model: Focus) -> Any:
 
 
 def picture_contenders(
-    model: Focus,
-    decoders: dict[str, Decoder],
-    session: Session,
-    sampling: Sampling,
-    drafts: Sequence[Any] | None = None,
-) -> dict[str, Callable[[], Any]]:
+    model: Focus, decoders: dict[str, Decoder], session: Session, sampling: Sampling
+) -> dict[str, Write]:
     """A whole picture behind a session that is ready to draw, from copies of its state."""
     bucket = bucket_of(model.config)
 
     def state() -> State:
         return session.state.select([0])
 
-    def plain() -> Any:
-        network = model.model
-        return decode_picture(network, state(), model.vocabulary, [bucket], sampling=sampling)
+    def plain(num: int, tick: Tick) -> Any:
+        return decode_picture(
+            model.model,
+            state(),
+            model.vocabulary,
+            [bucket],
+            sampling=sampling,
+            callback=lambda _: tick(),
+        )
 
-    def ours(decoder: Decoder) -> Callable[[], Any]:
-        return lambda: decoder.picture(state(), [bucket], sampling=sampling, drafts=drafts)
+    def ours(decoder: Decoder) -> Write:
+        return lambda num, tick: decoder.picture(
+            state(), [bucket], sampling=sampling, callback=lambda _: tick()
+        )
 
     return {"focus": plain, **{name: ours(decoder) for name, decoder in decoders.items()}}
+
+
+def trunk_calls(decoder: Decoder, run: Callable[[], Any]) -> int:
+    """Count the calls of the trunk in a run."""
+    calls: list[int] = []
+    handle = decoder.model.trunk.register_forward_hook(lambda *_: calls.append(1))
+    run()
+    handle.remove()
+    return len(calls)

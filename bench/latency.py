@@ -22,7 +22,6 @@ from pathlib import Path
 from focus import info
 from focus.buckets import Bucket, bucket_of
 from focus.config import CONFIGS, FocusConfig
-from focus.weights.fresh import build_meta
 
 BF16 = 2  # bytes
 
@@ -105,7 +104,7 @@ def costs(config: FocusConfig, bucket: Bucket | None = None, steps: int = 30) ->
 
 def part_bytes(config: FocusConfig) -> dict[str, int]:
     """Bytes in bf16 that each part reads of its weights."""
-    model = build_meta(config)
+    model = info.build_meta(config)
 
     def size(*modules: object) -> int:
         return BF16 * sum(

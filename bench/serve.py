@@ -18,13 +18,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.decoding import picture_contenders, text_contenders
+from bench.decoding import (
+    measure_ticks,
+    picture_contenders,
+    text_contenders,
+    trunk_calls,
+)
 from bench.timer import Timing, measure
 from engine.data.scenes import sample
 from engine.serve.decode import Decoder
@@ -32,7 +38,7 @@ from engine.serve.engine import Engine
 from focus.api import Focus
 from focus.grammar import Drawing
 from focus.request import Pixels, Request
-from focus.sampling import GREEDY
+from focus.sampling import GREEDY, Sampling
 
 SPECULATE = 8
 
@@ -48,12 +54,18 @@ class Row:
     min_cpu_ms: float
     peak_mb: float
     baseline_ms: float
+    baseline_cpu_ms: float = math.nan
     note: str = ""
 
     @property
     def ratio(self) -> float:
         """How many times faster than the baseline."""
         return self.baseline_ms / self.median_ms if self.median_ms else math.nan
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same of the least processor times: what a busy machine hardly changes."""
+        return self.baseline_cpu_ms / self.min_cpu_ms if self.min_cpu_ms else math.nan
 
 
 def rows_of(
@@ -73,6 +85,7 @@ def rows_of(
             min_cpu_ms=timing.min_cpu_ms,
             peak_mb=timing.extra_mb,
             baseline_ms=timings[baseline].median_ms,
+            baseline_cpu_ms=timings[baseline].min_cpu_ms,
             note=(notes or {}).get(name, ""),
         )
         for name, timing in timings.items()
@@ -88,30 +101,39 @@ def decoding(model: Focus, image: Pixels, num: int, repeats: int) -> list[Row]:
     session = ready(model, image)
     prompt = torch.randn(1, 143, model.config.llm.dim, generator=torch.Generator().manual_seed(0))
     writers = text_contenders(model, decoders, prompt)
-    # The time of one more token: many, less one. The prompt is in both.
-    many = {name: (lambda w=write: w(num)) for name, write in writers.items()}  # type: ignore[misc]
-    one = {f"{name}/1": (lambda w=write: w(1)) for name, write in writers.items()}  # type: ignore[misc]
-    timings = measure({**many, **one}, device="cpu", repeats=repeats)
-    per_token = {name: difference(timings[name], timings[f"{name}/1"], num - 1) for name in writers}
-    rows = rows_of("decode", "words, per token", per_token, "naive recompute")
-    decoders["engine speculate"] = Decoder(model.model, model.vocabulary, speculate=SPECULATE)
-    drawn = picture_contenders(model, decoders, session, GREEDY, drafts=[source_of(model, session)])
-    pictures = measure(drawn, device="cpu", repeats=repeats)
-    tokens = drawn_tokens(model)
-    shared = {name: difference(timing, None, tokens) for name, timing in pictures.items()}
-    return rows + rows_of("decode", "picture, per visual token", shared, "focus")
+    words = measure_ticks(writers, num, repeats)
+    rows = rows_of("decode", "words, per token", words, "naive recompute")
+    drawn = picture_contenders(model, decoders, session, GREEDY)
+    pictures = measure_ticks(drawn, num, max(1, repeats // 3))
+    rows += rows_of("decode", "picture, per visual token", pictures, "focus")
+    return rows + guessing(model, session, decoders["engine"], repeats)
 
 
-def difference(many: Timing, one: Timing | None, num: int) -> Timing:
-    """Share what `many` takes beyond `one` out over `num` tokens."""
-    none = [0.0]
-    wall = min(one.wall_ms) if one is not None else none[0]
-    cpu = min(one.cpu_ms) if one is not None else none[0]
-    return Timing(
-        wall_ms=[max(0.0, value - wall) / num for value in many.wall_ms],
-        cpu_ms=[max(0.0, value - cpu) / num for value in many.cpu_ms],
-        extra_mb=many.extra_mb,
-    )
+def guessing(model: Focus, session: Any, plain: Decoder, repeats: int) -> list[Row]:
+    """A whole picture, one token at a time and by guesses from the source picture."""
+    draft, tokens = source_of(model, session), drawn_tokens(model)
+    decoders = {"engine": plain}
+    for width in (SPECULATE // 2, SPECULATE):
+        decoders[f"engine, {width} guesses"] = Decoder(
+            model.model, model.vocabulary, speculate=width
+        )
+    functions: dict[str, Callable[[], Any]] = {
+        name: partial(draw_from, decoder, session, draft if decoder.speculate > 1 else None, GREEDY)
+        for name, decoder in decoders.items()
+    }
+    notes = {
+        name: f"{trunk_calls(decoder, functions[name])} calls for {tokens} tokens"
+        for name, decoder in decoders.items()
+    }
+    timings = measure(functions, device="cpu", repeats=max(1, repeats // 3))
+    return rows_of("decode", "picture, whole", timings, "engine", notes)
+
+
+def draw_from(decoder: Decoder, session: Any, draft: Drawing | None, sampling: Sampling) -> Any:
+    """Draw a picture from a copy of a session's state."""
+    state = session.state.select([0])
+    drafts = None if draft is None else [draft]
+    return decoder.picture(state, [session.bucket], sampling=sampling, drafts=drafts)
 
 
 def drawn_tokens(model: Focus) -> int:
@@ -156,7 +178,9 @@ def requests(models: dict[str, Focus], image: Pixels, repeats: int) -> list[Row]
 
             return call
 
-        functions = {name: timed(model) for name, model in models.items()}
+        functions: dict[str, Callable[[], Any]] = {
+            name: timed(model) for name, model in models.items()
+        }
         found += rows_of(
             task, "request", measure(functions, device="cpu", repeats=repeats), "eager"
         )
@@ -165,11 +189,11 @@ def requests(models: dict[str, Focus], image: Pixels, repeats: int) -> list[Row]
 
 def keeping(model: Focus, image: Pixels, repeats: int) -> list[Row]:
     """Beyond the paper: write only the tokens under the edit mask."""
-    functions = {}
+    functions: dict[str, Callable[[], Any]] = {}
     for name, keep in (("all tokens", False), ("under the mask", True)):
         settings = dataclasses.replace(model.settings, keep_tokens=keep)
         engine = Engine(Focus(model.model, model.vocabulary, settings))
-        functions[name] = lambda engine=engine: engine.edit(image, "remove the red circle")
+        functions[name] = partial(engine.edit, image, "remove the red circle")
     return rows_of(
         "edit", "keep_tokens", measure(functions, device="cpu", repeats=repeats), "all tokens"
     )
@@ -200,7 +224,10 @@ def again(model: Focus, image: Pixels, repeats: int) -> list[Row]:
 
     found: list[Row] = []
     for part, make in (("encode, prompt and words", read), ("whole edit", whole)):
-        functions = {"first": make(texts[0], True), "second": make(texts[1], False)}
+        functions: dict[str, Callable[[], Any]] = {
+            "first": make(texts[0], True),
+            "second": make(texts[1], False),
+        }
         timings = measure(functions, device="cpu", repeats=repeats)
         found += rows_of("session", part, timings, "first")
     return found
@@ -215,9 +242,9 @@ def parts(bundle: Path, model: Focus, backends: Sequence[str], repeats: int) -> 
     for part in list_parts(model.model):
         sizes = {dim.name: min(dim.opt, 256) for dim in part.dims}
         inputs = dict(zip((s.name for s in part.inputs), part.example_inputs(sizes), strict=True))
-        functions = {"eager": lambda part=part, inputs=inputs: part.run(inputs)}
+        functions: dict[str, Callable[[], Any]] = {"eager": partial(part.run, inputs)}
         for name, runner in loaded.items():
-            functions[name] = lambda r=runner, p=part, i=inputs: r(p.name, i)  # type: ignore[misc]
+            functions[name] = partial(runner, part.name, inputs)
         timings = measure(functions, device="cpu", repeats=repeats)
         found += rows_of("part", part.name, timings, "eager")
     return found
@@ -295,9 +322,9 @@ def table(rows: Iterable[Row]) -> str:
         if (row.task, row.part) != last:
             last = (row.task, row.part)
             lines.append(f"\n{row.task}: {row.part}")
-            heads = ("median ms", "min cpu ms", "peak MB", "ratio")
+            heads = ("median ms", "min cpu ms", "peak MB", "ratio", "cpu ratio")
             lines.append(f"  {'':26s}" + "".join(f"{head:>12s}" for head in heads))
-        cells = (row.median_ms, row.min_cpu_ms, row.peak_mb, row.ratio)
+        cells = (row.median_ms, row.min_cpu_ms, row.peak_mb, row.ratio, row.cpu_ratio)
         shown = "".join(f"{'-' if math.isnan(c) else f'{c:.2f}':>12s}" for c in cells)
         lines.append(f"  {row.backend:26s}{shown}  {row.note}".rstrip())
     return "\n".join(lines)
@@ -366,7 +393,7 @@ def load_bundle(bundle: Path, backend: str) -> Focus:
 
 def plain(row: Row) -> dict[str, Any]:
     """Return a row as JSON values; figures that do not exist become null."""
-    values = {**asdict(row), "ratio": row.ratio}
+    values = {**asdict(row), "ratio": row.ratio, "cpu_ratio": row.cpu_ratio}
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in values.items()

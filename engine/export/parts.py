@@ -201,7 +201,7 @@ def _trunk(model: FocusModel, name: str, length: Dim | None, in_place: bool) -> 
     config = model.config.llm
     single = length is None
     most = config.max_length + 1
-    slots = Dim(name="slots", min=2, opt=min(1024, most), max=most)
+    slots = Dim(name="slots", min=3, opt=min(1024, most), max=most)
     positions: Axis = 1 if single else "length"
     taken: Callable[[Sizes], int] = lambda sizes: sizes.get("length", 1)  # noqa: E731
     start = numbers("start", "batch", high=lambda sizes: sizes["slots"] - taken(sizes))

@@ -42,11 +42,12 @@ def with_trunk(model: FocusModel, trunk: nn.Module) -> FocusModel:
 
 def fastest(model: FocusModel, int8: bool = False) -> nn.Module:
     """Return the trunk to decode with: fused, on a GPU in CUDA graphs; of a bundle its own."""
-    if not isinstance(model.trunk, Qwen2Trunk):
+    trunk: nn.Module = model.trunk
+    if not isinstance(trunk, Qwen2Trunk):
         if int8:
             raise GenerationError("int8 rounds a checkpoint's weights; a bundle has its precision")
-        return model.trunk
-    fused = FusedTrunk(model.trunk, int8=int8)
+        return trunk
+    fused = FusedTrunk(trunk, int8=int8)
     return GraphTrunk(fused) if model.front.mask_queries.device.type == "cuda" else fused
 
 

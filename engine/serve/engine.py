@@ -36,18 +36,19 @@ class Engine(Focus):
         *,
         int8: bool = False,
         speculate: int = 1,
-        memory_bytes: int = 1 << 30,
+        memory_bytes: int = 1 << 28,
         slots: int | None = None,
     ) -> None:
         super().__init__(focus.model, focus.vocabulary, focus.settings)
         if slots is None and focus.model.front.mask_queries.device.type == "cuda":
             slots = 2
-        options = {"int8": int8, "speculate": speculate}
-        self.decoder: Decoder = (
-            Decoder(focus.model, focus.vocabulary, **options)
-            if slots is None
-            else Scheduler(focus.model, focus.vocabulary, slots=slots, **options)
-        )
+        self.decoder: Decoder
+        if slots is None:
+            self.decoder = Decoder(focus.model, focus.vocabulary, int8=int8, speculate=speculate)
+        else:
+            self.decoder = Scheduler(
+                focus.model, focus.vocabulary, slots=slots, int8=int8, speculate=speculate
+            )
         self.memory = Memory(memory_bytes)
 
     @classmethod

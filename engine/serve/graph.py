@@ -1,11 +1,10 @@
 """The decode step as a CUDA graph: one launch instead of hundreds. (Not run here: needs a GPU.)
 
-Graphs have fixed addresses and shapes. A `GraphTrunk` therefore owns a cache of fixed size, and for
-every number of rows one graph of one token per row; longer chunks run as they are, on the same
-cache.
+Graphs have fixed addresses and shapes: there is one for every cache, number of rows and number of
+tokens per row, up to `LONGEST`; longer chunks run as they are, on the same cache.
 """
 
-# B rows, D width
+# B rows, T positions, D width
 
 from __future__ import annotations
 
@@ -19,32 +18,34 @@ from focus.llm import KVCache
 
 T = TypeVar("T")
 
+LONGEST = 4  # tokens per row that are worth a graph: a cell, and the end of its line
+
 
 class GraphTrunk(nn.Module):
-    """A trunk whose steps of one token per row are replayed from CUDA graphs.
+    """A trunk whose short steps are replayed from CUDA graphs.
 
     trunk: what is captured (`FusedTrunk`). A cache must attend over all its slots
     (`KVCache(whole=True)`), or its shapes would change from step to step; other caches, longer
-    chunks and devices without graphs go to the trunk itself. Graphs are kept per cache and number
-    of rows.
+    chunks and devices without graphs go to the trunk itself.
     """
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
         self.config: Any = trunk.config
         self._trunk = [trunk]
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
 
     def forward(
         self, embeddings: Tensor, *, lengths: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Return final-normed hidden states [B, T, D]; append to the cache."""
         trunk = self._trunk[0]
-        if cache is None or embeddings.shape[1] != 1 or not cache.whole or not can_capture(cache):
+        num = embeddings.shape[1]
+        if cache is None or num > LONGEST or not cache.whole or not can_capture(cache):
             states: Tensor = trunk(embeddings, lengths=lengths, cache=cache)
             return states
-        cache.reserve(1, lengths)
-        key = (cache.keys.data_ptr(), cache.batch)
+        cache.reserve(num, lengths)
+        key = (cache.keys.data_ptr(), cache.batch, num)
         if key not in self._graphs:
             self._graphs[key] = _Graph(trunk, cache, embeddings)
         return self._graphs[key](embeddings, lengths, cache)
@@ -59,7 +60,8 @@ class _Graph:
 
     def __init__(self, trunk: nn.Module, cache: KVCache, embeddings: Tensor) -> None:
         self._embeddings = embeddings.clone()
-        self._valid = torch.ones_like(cache.lengths)
+        self._num = embeddings.shape[1]
+        self._valid = torch.full_like(cache.lengths, self._num)
         self._positions = cache.lengths.clone()
         own = cache.view(slice(None))  # shares keys and values, counts in its own buffer
         own.truncate(torch.zeros_like(own.lengths))  # its bound must not ask the device meanwhile
@@ -75,11 +77,11 @@ class _Graph:
         self._embeddings.copy_(embeddings)
         self._positions.copy_(cache.lengths)
         if lengths is None:
-            self._valid.fill_(1)
+            self._valid.fill_(self._num)
         else:
             self._valid.copy_(lengths)
         self._replay()
-        cache.advance(lengths, 1)
+        cache.advance(lengths, self._num)
         return self._hidden.clone()
 
 
@@ -102,6 +104,7 @@ def capture(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
+    # Other threads may encode pictures meanwhile: only this one's calls are captured and judged.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
         output = function()
     return output, graph.replay

@@ -68,10 +68,11 @@ class Seen:
 class Memory:
     """The pictures seen last, within `max_bytes`; safe to share among threads."""
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, max_bytes: int = 1 << 28) -> None:
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self._sizes: dict[bytes, int] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -91,22 +92,22 @@ class Memory:
     def put(self, key: bytes, seen: Seen) -> None:
         """Remember a picture; forget those that were not asked for longest."""
         with self._lock:
-            self._seen[key] = seen
+            self._seen[key], self._sizes[key] = seen, seen.num_bytes
             self._seen.move_to_end(key)
-            total = sum(entry.num_bytes for entry in self._seen.values())
-            while total > self.max_bytes and len(self._seen) > 1:
-                total -= self._seen.popitem(last=False)[1].num_bytes
+            while sum(self._sizes.values()) > self.max_bytes and len(self._seen) > 1:
+                del self._sizes[self._seen.popitem(last=False)[0]]
 
     def clear(self) -> None:
         """Forget all pictures."""
         with self._lock:
             self._seen.clear()
+            self._sizes.clear()
 
 
 def key_of(pixels: Pixels) -> bytes:
     """Return a fingerprint of a picture's size and pixels."""
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(memoryview(pixels if pixels.flags.c_contiguous else pixels.copy()))
+    digest.update(pixels.tobytes())
     return digest.digest()
 
 
@@ -133,7 +134,12 @@ def stack(features: Sequence[Features]) -> Features:
 def tensors(value: Any) -> list[Tensor]:
     """Return every tensor of nested records."""
     found: list[Tensor] = []
-    _walk([value], lambda same: found.append(same[0]) or same[0])
+
+    def take(same: Sequence[Tensor]) -> Tensor:
+        found.append(same[0])
+        return same[0]
+
+    _walk([value], take)
     return found
 
 

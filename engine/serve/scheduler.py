@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class Scheduler(Decoder):
                         return
                 admitted = self._admit()
             for place in admitted:
-                self._guard([place], lambda place=place: self._begin(place))  # type: ignore[misc]
+                self._guard([place], partial(self._begin, place))
             self._guard(self._places, self._step)
 
     def _admit(self) -> list[_Place]:
@@ -166,7 +167,7 @@ class Scheduler(Decoder):
             if place not in short:
                 self._read([place])
         if short:
-            self._read(short)
+            self._read(short, slice(0, sum(place.job.rows for place in self._places)))
         self._let_go()
         self._draw()
         self._let_go()
@@ -179,23 +180,23 @@ class Scheduler(Decoder):
                 heads = tuple((ids.start, ids.stop) for ids in place.job.heads)
                 groups.setdefault((*heads, (place.predicting.shape[1], -1)), []).append(place)
         for key, places in groups.items():
-            heads = [slice(*ids) for ids in key[:-1]]
+            wanted = [slice(*ids) for ids in key[:-1]]
             states = torch.cat([place.predicting for place in places])
-            logits = self.logits(states, heads)
+            logits = self.logits(states, wanted)
             first = 0
             for place in places:
                 own = None if logits is None else logits[first : first + place.job.rows]
                 first += place.job.rows
-                self._guard([place], lambda p=place, o=own: _feed(p, o))  # type: ignore[misc]
+                self._guard([place], partial(_feed, place, own))
 
     def _let_go(self) -> None:
         for place in [place for place in self._places if place.job.done and place.chunk is None]:
             self._finish(place)
 
-    def _read(self, places: Sequence[_Place]) -> None:
-        """Read the chunks of some jobs in one call."""
-        first = min(place.first for place in places)
-        last = max(place.rows.stop for place in places)
+    def _read(self, places: Sequence[_Place], rows: slice | None = None) -> None:
+        """Read the chunks of some jobs in one call over `rows`, by default those of one job."""
+        rows = rows or places[0].rows
+        first, last = rows.start, rows.stop
         chunks = {place: place.chunk for place in places if place.chunk is not None}
         longest = max(chunk.embeddings.shape[1] for chunk in chunks.values())
         example = next(iter(chunks.values())).embeddings
@@ -203,27 +204,27 @@ class Scheduler(Decoder):
         lengths = torch.zeros(last - first, dtype=torch.int64, device=example.device)
         back = torch.zeros_like(lengths)
         for place, chunk in chunks.items():
-            rows = slice(place.first - first, place.rows.stop - first)
+            own = slice(place.first - first, place.rows.stop - first)
             num = chunk.embeddings.shape[1]
-            embeddings[rows, :num] = chunk.embeddings
-            lengths[rows] = num if chunk.lengths is None else chunk.lengths
+            embeddings[own, :num] = chunk.embeddings
+            lengths[own] = num if chunk.lengths is None else chunk.lengths
             if chunk.back is not None:
-                back[rows] = torch.tensor(chunk.back, device=back.device)
-        view = self.cache.view(slice(first, last))
+                back[own] = torch.tensor(chunk.back, device=back.device)
+        view = self.cache.view(rows)
         if any(chunk.back is not None for chunk in chunks.values()):
             view.truncate(view.lengths - back)
         state = State(view, example.new_zeros(last - first, example.shape[2]))
         hidden = append(self.model, state, embeddings, lengths)
-        self.cache.settle(slice(first, last), view)
+        self.cache.settle(rows, view)
         self.steps += 1
         self.rows_read += sum(place.job.rows for place in places)
         for place, chunk in chunks.items():
-            rows = slice(place.first - first, place.rows.stop - first)
-            ends = state.hidden[rows]
+            own = slice(place.first - first, place.rows.stop - first)
+            ends = state.hidden[own]
             if chunk.lengths is not None:  # rows that read nothing keep their state
                 ends = torch.where((chunk.lengths > 0)[:, None], ends, place.state.hidden)
             place.state.hidden = ends
-            place.predicting = predicting(hidden[rows], ends, chunk)
+            place.predicting = predicting(hidden[own], ends, chunk)
             place.chunk = None
 
     def _finish(self, place: _Place, error: BaseException | None = None) -> None:

@@ -169,11 +169,14 @@ class SpeculativeJob:
         device, repeat = self._seeds.device, self._branches
         width = max(self._counts)
         self.passes += 1
+        valid = None
+        if len(set(lengths)) > 1:
+            valid = torch.tensor(lengths, device=device).repeat(repeat)
         return Chunk(
             embeddings=torch.nn.utils.rnn.pad_sequence(embedded, True).repeat(repeat, 1, 1),
-            lengths=torch.tensor(lengths, device=device).repeat(repeat),
+            lengths=valid,
             at=torch.tensor(at, device=device)[:, :width].repeat(repeat, 1),
-            back=None if back is None else [*back] * repeat,
+            back=[*back] * repeat if back is not None and any(back) else None,
         )
 
     def _embed(self, row: int, span: slice) -> Tensor:

@@ -142,7 +142,7 @@ class _Fused:
         turned = self.heads + self.kv_heads
         qkv = self.qkv(x).view(batch, num, turned + self.kv_heads, -1)
         rotated = _rotate(qkv[:, :, :turned], step)
-        query, key = rotated.split((self.heads, self.kv_heads), 2)
+        query, key = rotated[:, :, : self.heads], rotated[:, :, self.heads :]
         _store(keys, key, step)
         _store(values, qkv[:, :, turned:], step)
         key, value = keys[:, :, : step.span].to(x.dtype), values[:, :, : step.span].to(x.dtype)
@@ -196,10 +196,10 @@ def _product(linears: Sequence[nn.Linear], int8: bool) -> Product:
     bias = torch.cat(biases) if biases else None
     if int8:
         return quantised(weight, bias)
-    for linear, part in zip(
-        linears, weight.split([linear.out_features for linear in linears]), strict=True
-    ):
-        linear.weight.data = part
+    first = 0
+    for linear in linears:
+        linear.weight.data = weight[first : first + linear.out_features]
+        first += linear.out_features
     return lambda x: F.linear(x, weight, bias)
 
 

@@ -1,5 +1,7 @@
 """What surrounds a CUDA graph, with capture replaced by a plain call of the captured function."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -36,22 +38,25 @@ def test_steps_are_replayed_and_longer_chunks_are_not(captures: list[torch.Tenso
     config = focus.config.llm
     plain, trunk = focus.model.trunk, GraphTrunk(FusedTrunk(focus.model.trunk))
     caches = [KVCache(config, 3, 30, whole=True) for _ in range(2)]
-    for num, lengths in ((5, (5, 3, 4)), (1, None), (2, None), (1, (1, 0, 1)), (1, None)):
+    readings = [(5, (5, 3, 4)), (1, None), (2, (2, 1, 0)), (6, None), (1, (1, 0, 1)), (2, None)]
+    for num, lengths in readings:
         embeddings = torch.randn(3, num, config.dim)
         valid = None if lengths is None else torch.tensor(lengths)
         expected = plain(embeddings, lengths=valid, cache=caches[0])
         found = trunk(embeddings, lengths=valid, cache=caches[1])
-        rows = slice(None) if lengths is None or num > 1 else valid.bool()
-        if num == 1:
-            torch.testing.assert_close(found[rows], expected[rows], rtol=1e-4, atol=1e-4)
+        for row in range(3):
+            read = num if lengths is None else lengths[row]
+            torch.testing.assert_close(
+                found[row, :read], expected[row, :read], rtol=1e-4, atol=1e-4
+            )
         assert torch.equal(caches[0].lengths, caches[1].lengths)
-    assert len(captures) == 1
+    assert len(captures) == 2  # for one token per row and for two
     view = caches[1].view(slice(0, 2))
     trunk(torch.randn(2, 1, config.dim), cache=view)
-    assert len(captures) == 2  # one graph for each number of rows
+    assert len(captures) == 3  # and for another number of rows
     trunk.release()
     trunk(torch.randn(2, 1, config.dim), cache=view)
-    assert len(captures) == 3
+    assert len(captures) == 4
 
 
 def test_a_scheduler_draws_through_graphs(captures: list[torch.Tensor]) -> None:
@@ -73,7 +78,7 @@ def test_a_scheduler_draws_through_graphs(captures: list[torch.Tensor]) -> None:
 @pytest.mark.gpu
 def test_cuda_graphs_give_the_same_states() -> None:
     focus = small()
-    trunk = FusedTrunk(focus.model.trunk.cuda())
+    trunk = FusedTrunk(copy.deepcopy(focus.model.trunk).cuda())
     caches = [KVCache(focus.config.llm, 2, 30, device="cuda", whole=True) for _ in range(2)]
     replayed = GraphTrunk(trunk)
     torch.manual_seed(0)
