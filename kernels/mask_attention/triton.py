@@ -190,12 +190,16 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype is torch.float32 else "tf32"
 
 
-def settings(kernel: str, query: Tensor, axis: int) -> dict[str, int]:
-    """Return launch settings of a shape class."""
+def settings(kernel: str, query: Tensor, axis: int, other: int = 0) -> dict[str, int]:
+    """Return launch settings of a shape class, as `variants.py` compiles them."""
     key = f"{kernel}/D{query.shape[3]}/A{power_of_two(axis)}/{str(query.dtype)[6:]}"
     # wgmma has 64 rows, and the backward's table gradient has CHUNK of them
     chunk = 64 if kernel == "backward" else min(64, power_of_two(axis))
-    default = {"BM": 64, "CHUNK": chunk, "num_warps": 4, "num_stages": 1}
+    wide = kernel == "backward" and max(axis, other) > 64
+    on_gpu = query.device.type == "cuda"
+    older = on_gpu and torch.cuda.get_device_capability(query.device) < (9, 0)
+    rows, warps = 32 if wide and older else 64, 8 if wide else 4
+    default = {"BM": rows, "CHUNK": chunk, "num_warps": warps, "num_stages": 1}
     return tuning.lookup("mask_attention", key, query.device, default)
 
 
@@ -224,7 +228,7 @@ def axis_gradients(
     table_a, table_b = (laid.x, laid.y) if first else (laid.y, laid.x)
     bias_a, bias_b = (laid.bias_x, laid.bias_y) if first else (laid.bias_y, laid.bias_x)
     count, length, other = table_a.shape[1], table_a.shape[2], table_b.shape[2]
-    setting = settings("backward", q, length)
+    setting = settings("backward", q, length, other)
     block, chunk = setting.pop("BM"), setting.pop("CHUNK")
     chunks = triton.cdiv(length, chunk)
     tiles = triton.cdiv(num_queries, block)

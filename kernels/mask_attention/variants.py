@@ -69,6 +69,7 @@ def backward(side: int, dtype: str, first: bool) -> Variant:
         num_warps=warps,
         num_stages=1,
         aligned=("A", "B_"),
+        older={"BM": 32} if side > 64 else {},
     )
 
 
