@@ -131,10 +131,23 @@ def write_graph(
         folder, shelf, names, {name: tensor.detach() for name, tensor in tensors.items()}
     )
     files = references.apply(model, part.name)
+    strip_notes(model)
     path = folder / f"{part.name}.onnx"
     ir.save(model, path)
     onnx.checker.check_model(str(path))
     return [path.name, *files]
+
+
+def strip_notes(model: ir.Model) -> None:
+    """Remove the exporter's notes: stack traces and paths of the machine that exported."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def shelf_names(part: Part, owner: nn.Module) -> dict[str, str]:
