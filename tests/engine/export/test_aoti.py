@@ -59,8 +59,7 @@ def test_a_decode_step_is_one_graph_that_writes_into_its_cache() -> None:
     )
     for first, second in zip(expected[2:], found[2:], strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
-    mutated = program.graph_signature.user_inputs_to_mutate
-    assert len(mutated) == 2 * small().config.llm.num_layers
+    assert len(program.graph_signature.user_outputs) == 1  # the cache does not come back as copies
 
 
 def test_our_operators_stay_single_nodes() -> None:
