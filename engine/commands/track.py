@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,4 +181,19 @@ def _track(
         seen = sum(bool(mask.any()) for mask in masks)
         scores = tracks.scores[number - 1]
         objects.append({"name": label, "seen": seen, "scores": scores, "masks": folder})
+    _drop_stale(args.out, name, len(objects))
     return frames, {"objects": objects}
+
+
+def _drop_stale(out: Path, name: str, count: int) -> None:
+    """Remove mask folders of an earlier run that found more objects; others' files stay."""
+    from engine.video_files import VideoError, check_frames
+
+    number = count + 1
+    while (folder := out / f"{name}.mask-{number}").is_dir():
+        try:
+            check_frames(folder)
+        except VideoError:
+            return
+        shutil.rmtree(folder)
+        number += 1

@@ -65,8 +65,14 @@ def test_a_shorter_run_leaves_no_frames_of_the_longer(
 ) -> None:
     arguments = ["track", frames, "a circle", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
+    for number in (2, 3):
+        write_clip(tmp_path / "stale", FRAMES).rename(tmp_path / "out" / f"clip.mask-{number}")
+    (tmp_path / "out" / "clip.mask-3" / "notes.txt").write_text("mine")
     assert cli.main([*arguments, "--limit", "2"]) == 0
     assert len(list((tmp_path / "out" / "clip.mask-1").iterdir())) == 2
+    folders = sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir())
+    assert folders == ["clip.mask-1", "clip.mask-3"]
+    assert len(list((tmp_path / "out" / "clip.mask-3").iterdir())) == 4
 
 
 def test_what_cannot_be_written_is_said_before_the_work(
