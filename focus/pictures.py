@@ -206,8 +206,6 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     except Exception:  # Pillow raises a zoo of types here, and the pixels are fine
         notes.append("damaged EXIF data ignored")
         return image
-    if turned is None:
-        return image
     if turned.size != image.size or turned.getexif() != image.getexif():
         notes.append("turned upright as its EXIF data say")
     return turned
@@ -221,7 +219,7 @@ def to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
     if "A" in mode or "a" in mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3] == (255, 255):
+        if rgba.getchannel("A").getextrema() == (255, 255):
             return rgba.convert("RGB")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         notes.append("transparency laid over white")
