@@ -56,6 +56,7 @@ def narrow(number: int, **changes: Any) -> Run:
         init_from=None,
         precision="fp32",
         warmup=0,
+        workers=0,  # a rank of the fork server would start another one
         micro_batches=tuple((task, 1) for task in tasks),
         extra={**run.extra, "tasks_per_step": len(tasks), "true_mask": 0.0},
         **changes,
