@@ -223,13 +223,19 @@ class RegionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Latent autoencoder (SDXL's AutoencoderKL at full scale)."""
+    """Latent autoencoder (SDXL's AutoencoderKL at full scale).
+
+    `tile`: side in pixels of the tiles that larger pictures are coded in, one after the other,
+    overlapping by a quarter and blended, which bounds memory; 0 codes every picture whole. Group
+    norms then see a tile, so colours may shift slightly.
+    """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_groups: int = 32
     scaling_factor: float = 0.13025
+    tile: int = 0
 
     @property
     def stride(self) -> int:

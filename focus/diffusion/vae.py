@@ -45,8 +45,22 @@ class LatentAutoencoder(nn.Module):
             sample_size=1024,
             scaling_factor=config.scaling_factor,
         )
+        self.tile(config.tile)
         self.register_buffer("scale", torch.full((config.latent_channels,), config.scaling_factor))
         self.register_buffer("shift", torch.zeros(config.latent_channels))
+
+    def tile(self, side: int) -> None:
+        """Code pictures larger than `side` pixels in tiles from now on; 0: every picture whole.
+
+        Raises: ValueError for a side that latents do not divide.
+        """
+        stride = self.config.stride
+        if side < 0 or side % stride:
+            raise ValueError(f"a multiple of {stride} expected for the side of tiles, got {side}")
+        self.model.use_tiling = side > 0
+        if side:
+            self.model.tile_sample_min_size = side
+            self.model.tile_latent_min_size = side // stride
 
     def encode(
         self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None

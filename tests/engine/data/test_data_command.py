@@ -137,3 +137,34 @@ def test_encode_adds_the_models_own_codes(
         assert np.array_equal(codes.semantic, expected.semantic[0].numpy())
         assert np.array_equal(codes.pixel, expected.pixel[0].numpy())
         assert codes.pixel.shape == config.pixel.grid
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_codes_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from focus.config import focus_tiny
+    from focus.model import FocusModel
+    from focus.pretrained import save_model
+
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", FocusModel(focus_tiny()).eval(), focus_tiny())
+    for name in ("one", "two"):
+        words = ("world", "focus_tiny_stage2", "--out", tmp_path / name, "--samples", "6")
+        assert run(capsys, *words, "--per-shard", "2")[0] == 0
+        told = ("encode", tmp_path / name, "--model", tmp_path / "model", "--loader", "pil")
+        code, report = run(capsys, *told, "--workers", "1" if name == "one" else "2")
+        assert (code, report["samples"]) == (0, 6)
+    files = sorted(path.name for path in (tmp_path / "one").glob("*.codes.safetensors"))
+    assert len(files) == 3
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    # An interrupted encoding goes on: only the missing shard is written.
+    kept = (tmp_path / "two" / files[0]).stat().st_mtime_ns
+    (tmp_path / "two" / files[2]).unlink()
+    told = ("encode", tmp_path / "two", "--model", tmp_path / "model", "--loader", "pil")
+    assert run(capsys, *told)[1]["samples"] == 6
+    assert (tmp_path / "two" / files[0]).stat().st_mtime_ns == kept
+    assert (tmp_path / "two" / files[2]).read_bytes() == (tmp_path / "one" / files[2]).read_bytes()
