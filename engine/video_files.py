@@ -120,6 +120,8 @@ def write_clip(
         else:
             _write_ffmpeg(temporary, frames, fps)
         os.replace(temporary, path)
+    except VideoError as error:
+        raise VideoError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -223,7 +225,7 @@ def _write_av(path: Path, frames: Sequence[Frame], fps: float) -> None:
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
     except av.FFmpegError as error:
-        raise VideoError(f"{path}: the video cannot be written: {error}") from error
+        raise VideoError(f"cannot be written: {error.strerror or error}") from error
 
 
 def _read_ffmpeg(path: Path) -> tuple[Iterator[Frame], float]:
@@ -246,10 +248,20 @@ def _write_ffmpeg(path: Path, frames: Sequence[Frame], fps: float) -> None:
     writer = imageio_ffmpeg.write_frames(
         str(path), (width, height), fps=fps, quality=9, macro_block_size=1
     )
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(_even(frame)))
-    writer.close()
+    try:
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(_even(frame)))
+    finally:
+        writer.close()
+    try:  # the writer says nothing of an ffmpeg that failed at the end
+        written = imageio_ffmpeg.count_frames_and_secs(str(path))[0]
+    except RuntimeError:
+        written = 0
+    if written != len(frames):
+        raise VideoError(
+            f"{len(frames)} frames expected, ffmpeg wrote {written}; is the disk full?"
+        )
 
 
 def _even(frame: Frame) -> Frame:

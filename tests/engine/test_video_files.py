@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def test_video_files_keep_frames_and_pace(tmp_path: Path, backend: str) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(VideoError, match=r"broken\.mp4: a video file expected"):
         read_clip(tmp_path / "broken.mp4", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_disk_leaves_the_earlier_video(tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), dtype=np.uint8)
+    path = write_clip(tmp_path / "clip.mp4", FRAMES[:2], backend=backend)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(VideoError, match=r"/clip\.mp4: (cannot be written: File too|8 frames)"):
+            write_clip(path, list(noise), backend=backend)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    assert len(read_clip(path, backend=backend).frames) == 2
 
 
 def test_without_a_package_the_message_says_what_to_install(
