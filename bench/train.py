@@ -19,8 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -172,7 +173,8 @@ def watch(spans: Spans, targets: Sequence[tuple[Any, str, str, str]]) -> Iterato
             spans.mark(part)
             result = original(*arguments, **options)
             if backward and isinstance(result, Tensor) and result.requires_grad:
-                result.register_hook(lambda _gradient: spans.mark(backward))
+                hook: Any = result.register_hook
+                hook(lambda _gradient: spans.mark(backward))
             spans.mark(outer if part == "communication" else FOLLOWS.get(name, part))
             return result
 
@@ -256,7 +258,7 @@ def compare(run: Run, repeats: int, budget: float) -> list[dict[str, Any]]:
         samples = sum(size for _, size in stage.micro_batches(run, 0))
         tokens = sum(int(b.lengths.sum()) for b in batches if isinstance(b, Batch))
         racing = contenders(run, mesh, batches)
-        functions = {c.name: lambda c=c: c.step(0) for c in racing}
+        functions: dict[str, Callable[[], Any]] = {c.name: partial(c.step, 0) for c in racing}
         timings = measure(functions, device=mesh.device.type, repeats=repeats, budget_s=budget)
         flops = workload_of(run).step_flops * samples if mesh.device.type == "cuda" else None
         for contender in racing:
@@ -319,7 +321,9 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def plan_run(stage: str, model: str, size: int, tasks: int, precision: str | None) -> Run:
+def plan_run(
+    stage: str, model: str, size: int, tasks: int, precision: Literal["fp32", "bf16"] | None
+) -> Run:
     """Return the stage's run with small micro-batches and nothing to load."""
     name = f"{model}_stage{stage}"
     run = find_run(name if model == "focus_tiny" or stage != "3" else f"{name}_256")

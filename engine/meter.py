@@ -118,7 +118,7 @@ def watched(seconds: float) -> Iterator[Callable[[], None]]:
 def _has_file(stream: Any) -> bool:
     """Whether a stream has a descriptor, which a dump from outside Python needs."""
     try:
-        return stream.fileno() >= 0
+        return bool(stream.fileno() >= 0)
     except (AttributeError, OSError, ValueError):
         return False
 

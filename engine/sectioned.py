@@ -53,6 +53,7 @@ class SectionedStage(SectionStage):
         if isinstance(self.inner, WarmupStage):
             assert isinstance(model, FocusModel)
             weight = model.front.token_embedding.weight
+            assert isinstance(weight, nn.Parameter)
             if weight._backward_hooks is not None:
                 weight._backward_hooks.clear()
             rows = min(tiny_vocabulary(config_of(run)).structure.values())

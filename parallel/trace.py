@@ -35,7 +35,8 @@ def _attention_flops(
     **kwargs: Any,
 ) -> int:
     """FLOPs of attention on a CPU, which torch's counter passes over."""
-    flops: int = sdpa_flop_count(query, (*query[:-2], *key[-2:]), (*query[:-2], *value[-2:]))
+    count: Any = sdpa_flop_count
+    flops: int = count(query, (*query[:-2], *key[-2:]), (*query[:-2], *value[-2:]))
     return flops
 
 
