@@ -17,6 +17,7 @@ from engine import demo, demo_sections
 from engine.data.records import REGION_KINDS, Record
 from engine.data.scenes import clip
 from engine.demo_page import Figure, render
+from focus.settings import Settings
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Edited:
 
 class Oracle:
     """Knows every answer by the picture it is shown."""
+
+    settings = Settings()
 
     def __init__(self) -> None:
         self.records: dict[tuple[str, str, bytes], Record] = {}
@@ -73,6 +76,8 @@ class Oracle:
 
 class Blind:
     """Sees nothing and changes nothing."""
+
+    settings = Settings(decoder="pixel")
 
     def segment(self, image: Image.Image, **_: Any) -> Result:
         return Result([], [], [], "")
