@@ -35,6 +35,8 @@ from engine.export.errors import BackendUnavailable, BundleError, ExportError
 from engine.export.part import Part
 
 SUFFIX = ".pt2"
+# Short vectors (gates, biases of a few channels) must not become numbers in the code.
+REPLACEABLE = {"always_keep_tensor_constants": True}
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -63,7 +65,7 @@ def compile_part(
             made = torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(folder / f"{path.stem}{SUFFIX}"),
-                inductor_configs=dict(options or {}),
+                inductor_configs={**REPLACEABLE, **(options or {})},
             )
         os.replace(made, path)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
