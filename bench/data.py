@@ -229,7 +229,7 @@ def cpu_seconds() -> float:
 
     own = psutil.Process()
     living = sum(sum(child.cpu_times()[:2]) for child in own.children(recursive=True))
-    return sum(own.cpu_times()[:4]) + living
+    return float(sum(own.cpu_times()[:4]) + living)
 
 
 def available(name: str) -> bool:

@@ -83,7 +83,8 @@ def move(value: T, device: torch.device | str, dtype: torch.dtype | None = None)
     """Move every tensor of a (nested) dataclass; `dtype` converts floating tensors only."""
     if isinstance(value, Tensor):
         wanted = dtype if value.is_floating_point() else None
-        return value.to(device, wanted, non_blocking=value.is_pinned())  # type: ignore[return-value]
+        ready = torch.cuda.is_available() and value.is_pinned()
+        return value.to(device, wanted, non_blocking=ready)  # type: ignore[return-value]
     return _each(value, lambda part: move(part, device, dtype))
 
 
@@ -98,5 +99,6 @@ def _each(value: T, change: Callable[[Any], Any]) -> T:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in dataclasses.fields(value)]
         changed = {name: change(getattr(value, name)) for name in names}
-        return dataclasses.replace(value, **changed)
+        replaced: T = dataclasses.replace(value, **changed)
+        return replaced
     return value

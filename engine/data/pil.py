@@ -129,7 +129,8 @@ def recolour(image: Image, brightness: float, contrast: float) -> Image:
         return image
     levels = np.float32(brightness) * (128 + np.float32(contrast) * (np.arange(256) - 128))
     table = np.rint(levels).clip(0, 255).astype(np.uint8)
-    return table[image]
+    recoloured: Image = table[image]
+    return recoloured
 
 
 def resize(image: Image, size: Size, flip: bool = False) -> Pixels:
@@ -147,7 +148,8 @@ def nearest(found: npt.NDArray[np.uint16], view: View, size: Size) -> Levels:
     top, left, bottom, right = view.box
     ends = (right, left) if view.flip else (left, right)
     rows, columns = _centres(top, bottom, size[0]), _centres(*ends, size[1])
-    return found.take(rows, 0).take(columns, 1)
+    taken: Levels = found.take(rows, 0).take(columns, 1)
+    return taken
 
 
 def _centres(start: int, end: int, count: int) -> npt.NDArray[np.int64]:
@@ -155,7 +157,8 @@ def _centres(start: int, end: int, count: int) -> npt.NDArray[np.int64]:
     scale = np.float32(end - start) / np.float32(count)
     origin = np.float32(start) + np.float32(0.5) * scale
     found = np.floor(np.arange(count, dtype=np.float32) * scale + origin).astype(np.int64)
-    return found.clip(min(start, end), max(start, end) - 1)
+    inside: npt.NDArray[np.int64] = found.clip(min(start, end), max(start, end) - 1)
+    return inside
 
 
 def open_decoder(name: str, threads: int = 2, device: int | None = None) -> Decoder:

@@ -83,8 +83,8 @@ def plan_of(run: Run, most: int | None = None) -> Plan:
     if most is not None:
         counts = {task: min(count, most) for task, count in counts.items()}
     seed = int(run.extra.get("data_seed", run.seed))
-    size = CONFIGS[run.model]().hierarchical.image_size
-    return Plan(seed=seed, size=size, tasks=counts)
+    frame = CONFIGS[run.model]().hierarchical.image_size
+    return Plan(seed=seed, size=frame, tasks=counts)
 
 
 def join_plans(plans: Sequence[Plan]) -> Plan:
