@@ -185,17 +185,10 @@ def settings_of(run: Run) -> Settings:
     return Settings(frame=frame, sizes=sizes, crop=False, augment=augment)
 
 
-def turns_before(
-    run: Run, task: str, size: int, step: int, number: int = 0, ranks: int | None = None
-) -> int:
-    """How many micro-batches of a task and size one rank has had before `number` of `step`.
-
-    A run with a `batch` gives each of `ranks` ranks its share of it; without, ranks do not matter.
-    """
+def turns_before(run: Run, task: str, size: int, step: int, number: int = 0) -> int:
+    """How many micro-batches of a task and size one rank has had before `number` of `step`."""
     hits = [pair == (task, size) for pair in run.micro_batches]
     per_step = int(run.extra.get("tasks_per_step", len(hits)))
-    if run.batch is not None and ranks is not None:
-        per_step = run.batch // (size * ranks)
     rounds, rest = divmod(step * per_step + number, len(hits))
     return rounds * sum(hits) + sum(hits[:rest])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.cli import main
-from engine.data.feed import index_of
+from engine.data.feed import START, index_of, positions
 from engine.dry_run import describe, render
 from engine.run import RunError, fit, from_json, override, to_json
 from engine.runs import RUNS, find_run
@@ -194,19 +194,21 @@ def test_a_stage_with_phases_is_a_sequence() -> None:
 
 @pytest.mark.parametrize("name", ["focus_3b_stage3_256", "focus_3b_stage2"])
 def test_no_sample_is_lost_or_repeated_when_the_number_of_ranks_changes(name: str) -> None:
-    """8 ranks for 5 steps, then 64 for 7, then 16: every task's row is read without a gap."""
-    spans = [(0, 8), (5, 64), (12, 16)]
+    """8 ranks for 5 steps, then 64 for 7, then 16 for 3: every row is read without a gap."""
     seen: dict[tuple[str, int], list[int]] = {}
-    for step in range(15):
-        ranks = [size for first, size in spans if first <= step][-1]
+    start: dict[str, object] = {}
+    for first, last, ranks in ((0, 5, 8), (5, 12, 64), (12, 15, 16)):
         run = fit(find_run(name), ranks)
+        run = dataclasses.replace(run, extra={**run.extra, START: start})
         mixture = run.micro_batches
         count = int(run.extra.get("tasks_per_step", len(mixture)))
-        for number in range(count):
-            task, size = mixture[(step * count + number) % len(mixture)]
-            for rank in range(ranks):
-                micro = Micro(number=number, task=task, size=size, rank=rank, ranks=ranks)
-                seen.setdefault((task, size), []).append(index_of(run, step, micro, spans))
+        for step in range(first, last):
+            for number in range(count):
+                task, size = mixture[(step * count + number) % len(mixture)]
+                for rank in range(ranks):
+                    micro = Micro(number=number, task=task, size=size, rank=rank, ranks=ranks)
+                    seen.setdefault((task, size), []).append(index_of(run, step, micro))
+        start = positions(run, last, ranks)
     assert sum(size * len(rows) for (_, size), rows in seen.items()) == 15 * (run.batch or 0)
     for rows in seen.values():
         assert sorted(rows) == list(range(len(rows)))
