@@ -7,7 +7,8 @@ one is replaced by what was drawn; its key and value, and those after it, are fo
 the guesses were, the picture is the same; good guesses make it cheaper. (Beyond the paper;
 speculative decoding with shared noise.)
 
-The guess of a cell is the source's code there (of an edit most cells stay), or the code above it.
+The guess of a cell is the source's code there (of an edit most cells stay), the code above or the
+one on the left, whichever has been right most often in this picture.
 """
 
 # b rows, m states that predict, P tokens of the picture, V ids
@@ -162,6 +163,7 @@ class SpeculativeJob:
                 lengths.append(0)
                 continue
             end = free[drawn + self._counts[row] - 1]
+            self._guesses[row].guess(range(drawn, drawn + self._counts[row]))
             embedded.append(self._embed(row, slice(starts[row], end)))
             where = [free[drawn + n] - starts[row] - 1 for n in range(self._counts[row])]
             at.append(where + [where[-1]] * (self._width - len(where)))
@@ -207,24 +209,28 @@ class SpeculativeJob:
 
 
 class _Guesses:
-    """Drawn tokens of a row, and guesses where none is drawn yet, by number of the free token."""
+    """Drawn tokens of a row, and guesses where none is drawn yet, by number of the free token.
+
+    A guess is the draft's code, the code above or the code on the left: whichever would have been
+    right most often so far.
+    """
 
     def __init__(self, canvas: Canvas, draft: Drawing | None, vocabulary: Vocabulary) -> None:
         plan = canvas.plan
         self._free = plan.free
-        self._below: list[int | None] = []  # free token whose guess is this one's code
         cells = [tuple(cell) for cell in plan.cells[list(plan.free)].tolist()]
         numbers = {cell: number for number, cell in enumerate(cells)}
-        self.tokens: list[int] = []
-        self._sure = draft is not None
         first = [ids.start for ids in vocabulary.level_ids]
-        for level, row, column in cells:
-            token = first[level]
-            if draft is not None:
-                codes = (draft.semantic, draft.pixel)[level]
-                token += int(codes[row, column])
-            self.tokens.append(token)
-            self._below.append(numbers.get((level, row + 1, column)))
+        self.tokens = [first[level] for level, _, _ in cells]
+        self._before: dict[str, list[int | None]] = {
+            "above": [numbers.get((level, row - 1, column)) for level, row, column in cells],
+            "left": [numbers.get((level, row, column - 1)) for level, row, column in cells],
+        }
+        self._draft: list[int] | None = None
+        if draft is not None:
+            codes = (draft.semantic, draft.pixel)
+            self._draft = [first[n] + int(codes[n][row, column]) for n, row, column in cells]
+        self._right = {"draft": 0, "above": 0, "left": 0}
 
     def between(self, span: slice) -> range:
         """Numbers of the free tokens in a span of positions."""
@@ -232,8 +238,20 @@ class _Guesses:
         return range(inside[0], inside[-1] + 1) if inside else range(0)
 
     def put(self, number: int, token: int) -> None:
-        """Set a drawn token; without a draft it is the guess of the cell below as well."""
+        """Set a drawn token."""
+        for kind in self._right:
+            self._right[kind] += self._suggest(kind, number) == token
         self.tokens[number] = token
-        below = self._below[number]
-        if below is not None and not self._sure:
-            self.tokens[below] = token
+
+    def guess(self, numbers: range) -> None:
+        """Guess tokens anew, each from those before it."""
+        kinds = sorted(self._right, key=lambda kind: -self._right[kind])
+        for number in numbers:
+            found = (self._suggest(kind, number) for kind in kinds)
+            self.tokens[number] = next((t for t in found if t is not None), self.tokens[number])
+
+    def _suggest(self, kind: str, number: int) -> int | None:
+        if kind == "draft":
+            return None if self._draft is None else self._draft[number]
+        before = self._before[kind][number]
+        return None if before is None else self.tokens[before]
