@@ -90,15 +90,17 @@ def shape_distance(shape: str, x: Float, y: Float) -> Float:
 
 @lru_cache(maxsize=32)
 def _axes(height: int, width: int) -> tuple[Float, Float]:
-    y = (np.arange(height, dtype=np.float32) + 0.5) / height
-    x = (np.arange(width, dtype=np.float32) + 0.5) / width
+    half = np.float32(0.5)
+    y: Float = (np.arange(height, dtype=np.float32) + half) / np.float32(height)
+    x: Float = (np.arange(width, dtype=np.float32) + half) / np.float32(width)
     return y, x
 
 
 def _wave(t: Float, cells: int, pixels: int) -> Float:
     """Square wave of `cells` periods in [-1, 1] whose edges are about one pixel wide."""
     steep = np.float32(max(1.0, pixels / (2 * np.pi * cells)))
-    return np.clip(np.sin(2 * np.pi * cells * t, dtype=np.float32) * steep, -1, 1)
+    wave: Float = np.clip(np.sin(2 * np.pi * cells * t, dtype=np.float32) * steep, -1, 1)
+    return wave
 
 
 def _noise(seed: int, cells: int, y: Float, x: Float) -> Float:

@@ -58,7 +58,7 @@ def _inner_points(
 ) -> npt.NDArray[np.float64]:  # [num, 2]
     rows, columns = np.nonzero(mask)
     chosen = rng.integers(len(rows), size=num)
-    return np.stack([columns[chosen], rows[chosen]], axis=-1) + 0.5
+    return np.stack([columns[chosen], rows[chosen]], axis=-1).astype(np.float64) + 0.5
 
 
 def _longest_run(inside: npt.NDArray[np.bool_]) -> slice:

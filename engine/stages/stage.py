@@ -108,6 +108,7 @@ class SectionStage(Stage):
 
     def head_losses(self, heads: Heads, state: Handover, step: int) -> dict[str, Tensor]:
         """Return the weighted terms of one micro-batch; language losses by `state.language`."""
+        raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
         """Run the three sections on one process."""
