@@ -250,8 +250,8 @@ def _pair(values: Sequence[Any]) -> Any:
     """Turn two sizes, known or not, into an int64 tensor [2]."""
     if all(isinstance(value, int) for value in values):
         return op.Constant(value_ints=list(values))
-    shape = op.Constant(value_ints=[1])
-    parts = [
+    shape: Any = op.Constant(value_ints=[1])
+    parts: list[Any] = [
         op.Constant(value_ints=[value]) if isinstance(value, int) else op.Reshape(value, shape)
         for value in values
     ]

@@ -83,7 +83,7 @@ def _check(config: FocusConfig) -> None:
 
 
 def _map(config: FocusConfig, scale: str) -> TensorSpec:
-    index = SCALES.index(scale)  # type: ignore[arg-type]
+    index = SCALES.index(scale)
     rows, columns = config.hierarchical.grid_of(SCALES[index])
     return tensor(scale, "batch", config.hierarchical.dims[index], rows, columns)
 

@@ -181,7 +181,7 @@ def _write_rest(folder: Path, file: str, values: Mapping[str, ir.Value]) -> str:
                 offset,
                 len(data),
                 constant.dtype,
-                shape=ir.Shape(constant.shape),
+                shape=ir.Shape([int(axis) for axis in constant.shape.numpy()]),
                 name=name,
                 base_dir=folder,
             )

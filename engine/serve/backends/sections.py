@@ -57,7 +57,7 @@ class RunFusion(Section):
     def forward(self, low: Tensor, maps: Sequence[Tensor], grid: Grid | None = None) -> Fused:
         """X'_L and maps -> E', E_img, projected; the grid is the bundle's own."""
         del grid
-        inputs = {scale: maps[SCALES.index(scale)] for scale in self.scales}
+        inputs: dict[str, Tensor] = {scale: maps[SCALES.index(scale)] for scale in self.scales}
         found = self.run("fusion", {"low": low, **inputs})
         return Fused(found["e_prime"], found["e_img"], found["projected"])
 
@@ -73,7 +73,7 @@ class RunAdapter(Section):
         """Maps -> h_Adapter, from the learned queries."""
         if queries is not None:
             raise ExportError("a bundle starts from the learned queries; use the eager model")
-        inputs = {scale: maps[SCALES.index(scale)] for scale in self.scales}
+        inputs: dict[str, Tensor] = {scale: maps[SCALES.index(scale)] for scale in self.scales}
         return self.run("adapter", inputs)["adapter"]
 
 
@@ -174,7 +174,7 @@ class RunSegmenter(Section):
         kind: Kind,
     ) -> Prediction:
         """Maps and states -> masks, scores of one kind, embeddings; no auxiliary predictions."""
-        inputs = dict(zip(SCALES, features, strict=True))
+        inputs: dict[str, Tensor] = dict(zip(SCALES, features, strict=True))
         inputs.update(mask_states=mask_states, condition_states=condition_states)
         found = self.run("segment", inputs)
         return Prediction(

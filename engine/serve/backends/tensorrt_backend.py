@@ -40,7 +40,8 @@ class TensorRTExecutable:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.context = engine.create_execution_context(strategy)
         self.engine, self.part, self.memory = engine, part, memory
-        self.stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream
+        self.stream = stream()
 
     def __call__(
         self, inputs: Mapping[str, Tensor], into: Mapping[str, Tensor]
