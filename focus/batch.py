@@ -91,7 +91,8 @@ def move(value: T, device: torch.device | str, dtype: torch.dtype | None = None)
 def pin(value: T) -> T:
     """Copy every tensor of a (nested) dataclass to page-locked memory."""
     if isinstance(value, Tensor):
-        return value.pin_memory()  # type: ignore[return-value]
+        pinned: T = value.pin_memory()
+        return pinned
     return _each(value, pin)
 
 

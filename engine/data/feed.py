@@ -83,11 +83,14 @@ class Feed:
         self.seed = int(run.extra.get("data_seed", run.seed))
         self.settings = settings_of(run)
         self.listener = _Listener()
-        self._loaders: dict[tuple[str, int, int], Loader] = {}
+        self._loaders: dict[tuple[str, int, int, bool], Loader] = {}
         self._decoder: tuple[int, Decoder] | None = None
 
-    def mixture(self, task: str, size: int, spare: int = 0) -> Mixture:
-        """The row of micro-batches of one task and size. Raises: DataError without samples."""
+    def mixture(self, task: str, size: int, spare: int = 0, short: bool = False) -> Mixture:
+        """The row of micro-batches of one task and size, `short` ones among them if asked.
+
+        Raises: DataError without samples, or without enough for one micro-batch.
+        """
         seed = derive_seed(self.seed, "spare", spare) if spare else self.seed
         parts = self._parts(task, size)
         if not parts:
@@ -95,7 +98,7 @@ class Feed:
                 f"{', '.join(self.datasets)}: samples of task {task!r} expected, got none; convert "
                 "a dataset that has them, or take the task out of micro_batches"
             )
-        return Mixture(parts, derive_seed(seed, task, size), self.datasets, keep_short=False)
+        return Mixture(parts, derive_seed(seed, task, size), self.datasets, keep_short=short)
 
     def _parts(self, task: str, size: int) -> list[Part]:
         holding = {f: d.manifest.tasks.get(task, 0) for f, d in self.datasets.items()}
@@ -118,8 +121,10 @@ class Feed:
         Raises: DataError when nothing readable is found.
         """
         index = index_of(run, step, micro)
+        # What a stage measures before training may ask for more than a small dataset holds.
+        short = (micro.task, micro.size) not in run.micro_batches
         for spare in range(SPARES + 1):
-            loader = self._loader(micro.task, micro.size, spare)
+            loader = self._loader(micro.task, micro.size, spare, short)
             loaded: Loaded = loader.load(loader.mixture.pick(index))
             if loaded.records:
                 return list(loaded.records)
@@ -131,8 +136,8 @@ class Feed:
             f"without one: {dict(lost)}{last}. Run `focus data validate`"
         )
 
-    def _loader(self, task: str, size: int, spare: int) -> Loader:
-        name = (task, size, spare)
+    def _loader(self, task: str, size: int, spare: int, short: bool) -> Loader:
+        name = (task, size, spare, short)
         if name not in self._loaders:
             mixture = self.mixture(*name)
             self._loaders[name] = Loader(mixture, self._open(), self.settings, self.listener)

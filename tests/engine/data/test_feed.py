@@ -348,6 +348,16 @@ def test_datasets_side_by_side_are_mixed_by_their_weights(world: Path, tmp_path:
         Feed(make_run(None), tmp_path / "nothing")
 
 
+def test_a_stage_may_measure_on_all_there_is(world: Path) -> None:
+    """Asking for more samples than there are, outside of the schedule, gives them all."""
+    run = make_run(world)
+    found = draw_records(run, 0, Micro(number=0, task="vqa", size=256))
+    assert len({record.id for record in found}) == len(found) == SAMPLES
+    short = dataclasses.replace(run, micro_batches=(("vqa", 25),))
+    with pytest.raises(DataError, match="25 samples expected"):
+        draw_records(short, 0, Micro(number=0, task="vqa", size=25))
+
+
 def test_workers_count_what_they_read(world: Path) -> None:
     run = make_run(world)
     draw_records(run, 9, Micro(number=0, task="vqa", size=4))  # no step's
