@@ -8,6 +8,7 @@ picture, `condition` which candidate (class, expression or region) a text positi
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -91,15 +92,13 @@ def move(value: T, device: torch.device | str, dtype: torch.dtype | None = None)
 def pin(value: T) -> T:
     """Copy every tensor of a (nested) dataclass to page-locked memory."""
     if isinstance(value, Tensor):
-        pinned: T = value.pin_memory()
-        return pinned
-    return _each(value, pin)
+        return value.pin_memory()  # type: ignore[return-value]
+    return typing.cast(T, _each(value, pin))
 
 
 def _each(value: T, change: Callable[[Any], Any]) -> T:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in dataclasses.fields(value)]
         changed = {name: change(getattr(value, name)) for name in names}
-        replaced: T = dataclasses.replace(value, **changed)
-        return replaced
+        return typing.cast(T, dataclasses.replace(value, **changed))
     return value
