@@ -1,6 +1,6 @@
 """The engine beside what it replaces: decoding, parts and whole requests, on this machine.
 
-    python -m bench serve [--model focus-tiny] [--bundle DIR] [--json FILE] [--quick]
+    python -m bench serve [--model focus-tiny] [--bundle DIR] [--json FILE]
 
 Decoding is compared with a loop that recomputes the whole sequence and with transformers'
 `generate` on copied weights; parts and requests with the eager model, and for every backend that a
@@ -293,10 +293,8 @@ def quality(model: Focus, num: int) -> list[Row]:
 def starting(name: str) -> list[Row]:
     """Time from nothing to a model that can be asked."""
     found = []
-    for part, load in (
-        ("Focus.from_pretrained", Focus.from_pretrained),
-        ("Engine.from_pretrained", Engine.from_pretrained),
-    ):
+    loaders = (Focus, Engine)
+    for part, load in ((f"{c.__name__}.from_pretrained", c.from_pretrained) for c in loaders):
         begun, cpu = time.perf_counter(), time.process_time()
         load(name)
         wall = 1e3 * (time.perf_counter() - begun)

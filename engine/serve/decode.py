@@ -122,8 +122,7 @@ class Decoder:
         Rows whose bucket is None choose it themselves, in the plain loop on the fused trunk.
         """
         batch = state.hidden.shape[0]
-        kept = keep or [None] * batch
-        guesses = drafts or [None] * batch
+        kept, guesses = keep or [None] * batch, drafts or [None] * batch
         if not len(buckets) == len(kept) == len(guesses) == batch:
             counts = f"{len(buckets)}, {len(kept)} and {len(guesses)}"
             raise GenerationError(f"{batch} buckets, keeps and drafts expected, got {counts}")
@@ -144,8 +143,8 @@ class Decoder:
         seed = _seeds(seeds, state)
         if sampling.guidance != 1:
             state = pair(state, unconditional)
-        device = state.hidden.device
-        canvases = [self._canvas(b, k, device) for b, k in zip(known, kept, strict=True)]
+        pairs = zip(known, kept, strict=True)
+        canvases = [self._canvas(b, k, state.hidden.device) for b, k in pairs]
         job: PictureJob | SpeculativeJob
         if self.speculate > 1:
             job = SpeculativeJob(
