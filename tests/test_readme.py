@@ -31,6 +31,11 @@ INSTEAD: dict[str, str] = {
     "make bench": "target",
     "make lint": "target",
     "focus demo": "help",
+    "focus export focus-tiny --out out/bundle": "help",  # tests/engine/export runs these three
+    "focus verify out/bundle": "help",
+    "focus train focus_3b_stage3 --dry-run": "help",  # tests/parallel runs these two, smaller
+    "focus plan focus_3b_stage3_256 --gpus 64 --gpu h100": "help",
+    'focus edit photo.png "remove the red circle" --model out/bundle --backend onnx': "help",
     "focus train focus_tiny": "help",
     "focus evaluate focus-tiny --split test": "help",
     "focus evaluate focus-tiny --split test_unseen": "help",
