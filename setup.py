@@ -87,7 +87,7 @@ setup(
     package_data={
         "": ["*.json", "*.md", "*.typed"],
         "kernels": ["csrc/**/*", "**/*.cpp", "**/*.h", "**/*.cu"],
-        "engine": ["**/*.html", "**/*.css", "**/*.js"],
+        "engine": ["**/*.html", "**/*.css", "**/*.js", "export/csrc/*"],
         "focus_assets": ["**/*"],
     },
     include_package_data=False,

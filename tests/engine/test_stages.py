@@ -96,7 +96,7 @@ def test_instruction_tuning_joins_mask_and_picture() -> None:
     assert isinstance(model, FocusModel)
     nn.init.normal_(model.heads.diffusion.mask_projection.weight, std=0.1)
     batch = stage.batches(run, 0, Micro(number=0, task="editing", size=2))
-    terms = stage.losses(model, batch, 0)
+    terms = stage.losses(model, batch, run.steps)  # by then only predicted masks are fed
     parts = [model.heads.segment.query_content.weight, model.trunk.layers[0].mlp.up_proj.weight]
     found = torch.autograd.grad(terms["editing/epsilon"], parts)
     assert all(gradient.abs().max() > 0 for gradient in found)
@@ -134,11 +134,11 @@ def test_token_weight_marks_the_cells_under_the_mask() -> None:
     run, _, batch = edit_batch()
     assert batch.edit_mask is not None
     mask = torch.zeros_like(batch.edit_mask)
-    mask[:, :16, 16:32] = True  # pixel cell (0, 1) of 8 x 8, semantic cell (0, 0) of 4 x 4
+    mask[:, :16, 16:32] = True  # cell (0, 1) of 8 x 8 on both levels
     weight = token_weight(dataclasses.replace(batch, edit_mask=mask), 3.0)
     following = torch.nn.functional.pad(batch.grid[:, 1:], (0, 0, 0, 1), value=-1)
     labelled = batch.labels != IGNORE
-    for level, cell in ((0, (0, 0)), (1, (0, 1))):
+    for level, cell in ((0, (0, 1)), (1, (0, 1))):
         here = (following == torch.tensor([level, *cell])).all(-1) & labelled
         assert here.any() and (weight[here] == 3).all()
         elsewhere = (following[..., 0] == level) & ~(following == torch.tensor([level, *cell])).all(

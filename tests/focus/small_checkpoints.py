@@ -62,7 +62,7 @@ def qwen2(path: Path, tied: bool = True, shard: str = "5GB") -> Qwen2ForCausalLM
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         tie_word_embeddings=tied,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},

@@ -18,7 +18,7 @@ def test_buckets_have_sizes_that_their_encoders_divide():
 
 def test_configs_own_sizes_are_buckets():
     assert bucket_of(focus_3b()) == BUCKETS[0]
-    assert bucket_of(focus_tiny()).block_length == 98
+    assert bucket_of(focus_tiny()).block_length == 150
 
 
 @pytest.mark.parametrize(

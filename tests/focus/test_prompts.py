@@ -101,7 +101,7 @@ def test_dialogues_learn_every_answer_and_nothing_else(vocabulary):
     whole = build(dialogue, vocabulary, CONFIG)
     taught = whole.labels[whole.labels != IGNORE].tolist()
     answers = [[*vocabulary.encode(a), vocabulary.eos_id] for a in ("heart", "yes", "2")]
-    assert taught == sum(answers, [])
+    assert taught == [token for answer in answers for token in answer]
     single = build(dataclasses.replace(dialogue, turns=()), vocabulary, CONFIG)
     np.testing.assert_array_equal(whole.input_ids[: len(single)], single.input_ids)
     asked = build(dialogue, vocabulary, CONFIG, until="answer")

@@ -17,6 +17,7 @@ from focus.tokenizer.semantic import SemanticBranch, semantic_loss
 
 CONFIG = dataclasses.replace(
     focus_tiny(),
+    vanilla=dataclasses.replace(focus_tiny().vanilla, image_size=(56, 56)),
     semantic=SemanticConfig(
         depth=1, dim=32, num_heads=2, codebook=SimVQConfig(num_codes=64, dim=8)
     ),
