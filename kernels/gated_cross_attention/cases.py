@@ -48,7 +48,7 @@ def least_flops(case: Case, direction: str) -> float:
     """Return the arithmetic of the loops over tokens with absorbed projections (README)."""
     size = case.sizes
     loop: float = 2.0 * size["queries"] * size["heads"] * size["tokens"] * size["channels"]
-    return size["batch"] * loop * (5.0 if "backward" in direction else 2.0)
+    return float(size["batch"] * loop * (5.0 if "backward" in direction else 2.0))
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def least_flops(case: Case, direction: str) -> float:
     rows, columns = size["rows"], size["columns"]
     lines = size["batch"] * size["heads"] * size["grid"][0] * size["grid"][1]
     per_line: float = size["dim"] * (rows + columns) + 2.0 * rows * columns
-    return 2.0 * lines * per_line * (3.0 if "backward" in direction else 1.0)
+    return float(2.0 * lines * per_line * (3.0 if "backward" in direction else 1.0))
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
