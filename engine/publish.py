@@ -85,12 +85,13 @@ class Trained:
     steps: int
     micro_batches: tuple[tuple[str, int], ...]
     tasks_per_step: int  # so many of the micro-batches a step, in turn
+    ranks: int = 1  # processes that each drew as many
 
     @property
     def samples(self) -> int:
         """Samples seen in all."""
         cycle, count = self.micro_batches, self.steps * self.tasks_per_step
-        return sum(cycle[i % len(cycle)][1] for i in range(count))
+        return self.ranks * sum(cycle[i % len(cycle)][1] for i in range(count))
 
 
 def read_trained(folder: Path) -> Trained:
@@ -107,6 +108,7 @@ def read_trained(folder: Path) -> Trained:
         steps=int(state["step"]),
         micro_batches=mixture,
         tasks_per_step=int(run["extra"].get("tasks_per_step", len(mixture))),
+        ranks=int(state.get("data_size", 1)),
     )
 
 
