@@ -201,7 +201,7 @@ class Front(nn.Module):
     def pool_regions(self, features: Features, points: Tensor) -> Tensor:
         """Pool one vector per region from sampled points [B, R, P, 2] -> [B, R, D]."""
         projected = features.fused.projected
-        grid = self.config.vanilla.grid
+        grid = features.grid or self.config.vanilla.grid
         image_map = projected.transpose(1, 2).reshape(len(projected), -1, *grid)
         pooled: Tensor = self.region_pooler(image_map, features.maps, points)
         return pooled

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from focus.batch import Source
+from focus.batch import Pictures, Source
 from focus.config import (
     CONFIGS,
     ConfigError,
@@ -137,3 +137,19 @@ def test_config_errors_name_the_field() -> None:
         from_json({**to_json(focus_tiny()), "format_version": 99})
     with pytest.raises(ConfigError, match="multiple of 14 pixels"):
         FocusConfig(name="x", vanilla=VanillaConfig(image_size=(50, 56), patch_size=7))
+
+
+def test_regions_are_pooled_on_the_pictures_own_grid() -> None:
+    torch.manual_seed(0)
+    front = FocusModel(focus_tiny()).front.eval()
+    wide = Pictures(
+        vanilla=torch.rand(1, 3, 112, 224),
+        hierarchical=torch.rand(1, 3, 128, 128),
+        pixel=torch.rand(1, 3, 64, 128),
+    )
+    with torch.no_grad():
+        features = front.encode(wide)
+        points = torch.tensor([1 / 32, 1 / 16]).expand(1, 1, 4, 2)  # centre of the first cell
+        pooled = front.pool_regions(features, points)[0, 0]
+    assert features.grid == (8, 16)
+    torch.testing.assert_close(pooled, features.fused.projected[0, 0])
