@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from PIL import Image
 from engine.data.records import REGION_KINDS, Mask, Record, RegionKind, Task
 from engine.data.scenes import FREE_KINDS, clip, requested, sample
 from engine.demo_page import Example, Section, Shot, Verdict
-from engine.evaluate.metrics import answers_match, edit_succeeds, iou, mean_abs_error, psnr
+from engine.evaluate.metrics import answers_match, edit_succeeds, iou, mean_abs_error, psnr, union
 from engine.evaluate.pixels import present
 from engine.show import overlay, spotlight
 
@@ -133,7 +133,7 @@ def _segment(model: Focus, record: Record) -> Example:
 def _overlap(record: Record, result: SegmentResult) -> float:
     """Mean IoU over the true masks; classes and regions must carry the right label."""
     if record.task not in ("class", "interactive"):
-        return iou(union(result.masks, SIZE), union(record.masks, SIZE))
+        return iou(union(result.masks, (SIZE, SIZE)), union(record.masks, (SIZE, SIZE)))
     scores = []
     for truth, label in zip(record.masks, record.labels, strict=True):
         same = [m for m, other in zip(result.masks, result.labels, strict=True) if other == label]
@@ -161,7 +161,7 @@ def video(model: Focus, seed: int) -> Section:
     begin = time.perf_counter()
     results = [model.segment(frame, text=film.text, task="referring") for frame in frames]
     seconds = time.perf_counter() - begin
-    found = [union(result.masks, SIZE) for result in results]
+    found = [union(result.masks, (SIZE, SIZE)) for result in results]
     scores = [iou(mask, truth) for mask, truth in zip(found, film.masks(), strict=True)]
     score = float(np.mean(scores))
     shots = {
@@ -186,11 +186,6 @@ def video(model: Focus, seed: int) -> Section:
         told="The same sentence, asked anew of every frame while the objects drift and hide.",
         examples=(example,),
     )
-
-
-def union(masks: Sequence[Mask], side: int) -> Mask:
-    """All masks as one; empty if there are none."""
-    return np.any(masks, axis=0) if len(masks) else np.zeros((side, side), dtype=np.bool_)
 
 
 # ---- pictures and words ------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from focus.config import FORMAT_VERSION, FocusConfig, from_json, to_json
 from focus.errors import CheckpointMismatch, TargetError
 from focus.folder import fresh_folder
-from focus.folder import replace_directory as replace_directory
 from focus.migration import migrate_config, migrate_name, version_of
 from focus.shards import (
     MAX_SHARD,

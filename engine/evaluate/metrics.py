@@ -85,3 +85,8 @@ def normalise_answer(text: str) -> str:
 def answers_match(predicted: str, truth: str) -> bool:
     """Exact match after `normalise_answer`."""
     return normalise_answer(predicted) == normalise_answer(truth)
+
+
+def union(masks: Sequence[Mask], shape: tuple[int, int]) -> Mask:
+    """Return the union of masks; empty when there are none."""
+    return np.any(masks, axis=0) if len(masks) else np.zeros(shape, np.bool_)

@@ -17,6 +17,7 @@ from engine.evaluate.metrics import (
     edit_succeeds,
     iou,
     psnr,
+    union,
 )
 from engine.evaluate.pixels import present
 from focus.api import Focus
@@ -96,11 +97,6 @@ def segment(model: Focus, records: Sequence[Record], seed: int) -> list[SegmentR
     for batch in chunks(records):
         results += model.segment_batch([ask(record, seed + i) for i, record in enumerate(batch)])
     return results
-
-
-def union(masks: Sequence[Mask], shape: tuple[int, int]) -> Mask:
-    """Return the union of masks; empty when there are none."""
-    return np.any(masks, axis=0) if len(masks) else np.zeros(shape, np.bool_)
 
 
 def measure_text(samples: Samples, task: Task) -> Figures:

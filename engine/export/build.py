@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from engine.export.errors import BackendUnavailable, ExportError
 from engine.export.part import Part
 from engine.export.parts import list_parts
 from focus.api import Focus
-from focus.pretrained import replace_directory
+from focus.folder import fresh_folder
 from focus.vocabulary import Vocabulary
 
 BACKENDS = ("onnx", "aoti", "tensorrt")
@@ -53,9 +52,7 @@ def export_bundle(
     out = Path(out)
     _check(out, backends, precision)
     parts = _chosen(list_parts(focus.model), only)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with fresh_folder(out) as temporary:
         dtype = PRECISIONS[precision]
         focus.save_pretrained(temporary, dtype=None if precision == "fp32" else dtype)
         described = {}
@@ -69,10 +66,6 @@ def export_bundle(
         write_manifest(
             temporary, focus, described, backends=backends, precision=precision, source=source
         )
-        replace_directory(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 

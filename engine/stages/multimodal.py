@@ -23,7 +23,7 @@ from focus.batch import IGNORE, Batch
 from focus.inputs import collate
 from focus.losses import expected_code_loss, language_loss
 from focus.model import CONDITION_KINDS, Features, FocusModel
-from focus.prompts import RECONSTRUCT
+from focus.prompts import DRAWING, Prompt
 from focus.segment.loss import segmentation_losses
 from focus.segment.predictor import Prediction
 from focus.sequence import fill_codes
@@ -166,19 +166,18 @@ def drop_texts(records: list[Record], chance: float, seed: int) -> list[Record]:
 
 
 def _unconditional(record: Record) -> Record:
-    if record.task == "generation":
-        return replace(record, text="")
-    if record.task != "editing":
+    if record.task not in DRAWING:
         return record
+    other = Prompt.of(record).unconditional()
     return replace(
         record,
-        text=RECONSTRUCT,
-        answer="",
+        text=other.text,
+        answer=other.answer,
         regions=(),
         region_kinds=(),
         masks=(),
         labels=(),
-        target=record.image,
+        target=record.target if record.image is None else record.image,
     )
 
 
