@@ -21,7 +21,8 @@ from pathlib import Path
 
 from focus import info
 from focus.buckets import Bucket, bucket_of
-from focus.config import CONFIGS, FocusConfig
+from focus.config import FocusConfig
+from focus.presets import CONFIGS
 
 BF16 = 2  # bytes
 

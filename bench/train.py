@@ -38,8 +38,9 @@ from engine.stages.stage import Stage, find_stage
 from engine.train import StepDataset, StepWork, build_engine
 from engine.workload import workload_of
 from focus.batch import Batch
-from focus.config import CONFIGS, LLMConfig
+from focus.config import LLMConfig
 from focus.model import FocusModel
+from focus.presets import CONFIGS
 from parallel.engine import Engine, sum_terms
 from parallel.layout import ParallelConfig
 from parallel.mesh import Mesh, open_mesh

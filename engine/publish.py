@@ -14,8 +14,8 @@ from engine.data.words import tiny_vocabulary
 from engine.run import RunError
 from engine.stages.stage import find_weights, load_initial
 from focus.api import Focus
-from focus.config import CONFIGS
 from focus.model import FocusModel
+from focus.presets import CONFIGS
 from focus.sampling import Sampling
 from focus.settings import Settings
 

@@ -25,7 +25,7 @@ class RunError(ValueError):
 class Run:
     """One training run.
 
-    `stage` is a module of `engine/stages`, `model` a name in `focus.config.CONFIGS`.
+    `stage` is a module of `engine/stages`, `model` a name in `focus.presets.CONFIGS`.
     `micro_batches` lists the (task, batch size) pairs of every step, per data-parallel rank; a
     stage may replace it by its own schedule. `rates` maps globs over parameter names to learning
     rates: the first match decides, no match means frozen. `init_from` is the name of a run beside

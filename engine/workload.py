@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from engine.run import Mixture, Run, RunError
-from focus.config import CONFIGS, FocusConfig
+from focus.config import FocusConfig
+from focus.presets import CONFIGS
 from parallel.trace import Workload, trace
 from parallel.trace_stage1 import trace_stage1
 

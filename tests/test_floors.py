@@ -156,7 +156,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, message: str) -> No
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("engine/train.py", "import parallel.mesh\nfrom focus.config import focus_tiny"),
+        ("engine/train.py", "import parallel.mesh\nfrom focus.presets import focus_tiny"),
         ("engine/serve/api.py", "from engine.pictures import read_picture\nimport focus.model"),
         ("focus/x.py", "from kernels.mask_attention.api import mask_attention\nimport torch"),
         ("kernels/mask_attention/api.py", "from kernels.dispatch import dispatch"),

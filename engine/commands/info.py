@@ -107,7 +107,7 @@ def _bytes(number: int) -> str:
 
 def find_config(name: str) -> FocusConfig:
     """Return a config by name, or the one of a model directory or a shipped model."""
-    from focus.config import CONFIGS
+    from focus.presets import CONFIGS
     from focus.pretrained import find_model, read_config
 
     return CONFIGS[name]() if name in CONFIGS else read_config(find_model(name))

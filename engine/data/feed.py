@@ -26,7 +26,7 @@ from engine.data.records import Record
 from engine.data.scene_model import DataError
 from engine.data.views import Augment, Sizes
 from engine.run import Run, derive_seed
-from focus.config import CONFIGS
+from focus.presets import CONFIGS
 
 if TYPE_CHECKING:
     from engine.stages.stage import Micro

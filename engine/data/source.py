@@ -9,7 +9,8 @@ from engine.data.records import Record, Task
 from engine.data.scenes import sample
 from engine.run import Run
 from engine.stages.stage import Micro
-from focus.config import CONFIGS, FocusConfig
+from focus.config import FocusConfig
+from focus.presets import CONFIGS
 
 
 def config_of(run: Run) -> FocusConfig:

@@ -26,7 +26,7 @@ from engine.data.scenes import sample
 from engine.data.schema import Item
 from engine.data.shards import write_atomic
 from engine.run import Run
-from focus.config import CONFIGS
+from focus.presets import CONFIGS
 
 PLAN = "world.json"
 FASTEST = 1  # PNG compression level: flat colours compress well at any

@@ -19,10 +19,11 @@ from engine.run import Run
 from engine.stages.dense import DenseBatch, DenseHeads, draw_dense
 from engine.stages.stage import Micro, Stage, load_initial
 from focus.batch import Batch, Pictures
-from focus.config import CONFIGS, FocusConfig
+from focus.config import FocusConfig
 from focus.diffusion.vae import vae_losses
 from focus.losses import language_loss
 from focus.model import FocusModel
+from focus.presets import CONFIGS
 
 SQUARE = 10.0  # weight of the VAE's squared error: small bright objects count for little in L1
 

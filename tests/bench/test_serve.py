@@ -11,7 +11,7 @@ from bench.decoding import measure_ticks, recompute, text_contenders, trunk_call
 from bench.serve import Row, plain, rows_of, table
 from bench.timer import Timing
 from engine.serve.decode import Decoder
-from focus.config import focus_tiny
+from focus.presets import focus_tiny
 from tests.engine.serve.small import edits, small
 
 

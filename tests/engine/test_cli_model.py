@@ -14,8 +14,8 @@ from PIL import Image
 from engine import cli
 from engine.commands import options
 from focus import Focus
-from focus.config import focus_tiny
 from focus.model import FocusModel
+from focus.presets import focus_tiny
 from focus.vocabulary import Vocabulary
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "assets" / "focus-tiny"

@@ -17,7 +17,7 @@ from engine.evaluate.metrics import (
     iou,
     psnr,
 )
-from focus.config import focus_tiny
+from focus.presets import focus_tiny
 from focus.request import EditResult, Request, SegmentResult
 
 

@@ -17,8 +17,8 @@ from engine.runs import RUNS, find_run
 from engine.runs_cluster import CLUSTER_RUNS, FOCUS_3B, SEQUENCES
 from engine.stages.stage import Micro
 from engine.workload import DRAWS, per_step
-from focus.config import CONFIGS, focus_3b, focus_3b_512, focus_300m
 from focus.model import FocusModel
+from focus.presets import CONFIGS, focus_3b, focus_3b_512, focus_300m
 from parallel.optimizer import freeze, rate_of
 from parallel.planner import GPUS
 

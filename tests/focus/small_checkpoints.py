@@ -24,7 +24,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from focus.config import FocusConfig, focus_tiny
+from focus.config import FocusConfig
+from focus.presets import focus_tiny
 from focus.prompts import training_texts
 from focus.vocabulary import Vocabulary
 

@@ -15,11 +15,11 @@ from engine.serve.engine import Engine
 from focus import Box, Click, Focus, MaskRegion, Scribble
 from focus.api import _result, point, read_pixels
 from focus.buckets import bucket_of
-from focus.config import focus_tiny
 from focus.errors import CheckpointMismatch
 from focus.inputs import collate
 from focus.model import FocusModel
 from focus.pipeline import Pipeline
+from focus.presets import focus_tiny
 from focus.regions import RegionError
 from focus.request import Request, RequestError
 from focus.sampling import Sampling

@@ -1,7 +1,7 @@
 import pytest
 
 from focus.buckets import BUCKETS, bucket_of, match_bucket
-from focus.config import focus_3b, focus_tiny
+from focus.presets import focus_3b, focus_tiny
 
 
 def test_buckets_have_sizes_that_their_encoders_divide():

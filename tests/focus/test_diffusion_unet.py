@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from focus.config import DiffusionConfig, VAEConfig, focus_3b
+from focus.config import DiffusionConfig, VAEConfig
 from focus.diffusion.attention import MaskAttention, mask_context, repeat_context, resize_area
 from focus.diffusion.unet import (
     DiffusionError,
@@ -19,6 +19,7 @@ from focus.diffusion.unet import (
     size_condition,
     widen_input,
 )
+from focus.presets import focus_3b
 
 CONFIG = DiffusionConfig(
     channels=(16, 32),

@@ -13,11 +13,10 @@ from focus.buckets import buckets_for
 from focus.config import (
     FocusConfig,
     VAEConfig,
-    focus_3b,
-    focus_3b_shallow,
 )
 from focus.info import build_meta, measure
 from focus.model import FocusModel
+from focus.presets import focus_3b, focus_3b_shallow
 from focus.prompts import training_texts
 from focus.sampling import Sampling
 from focus.settings import Settings

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus.config import FusionConfig, HierarchicalConfig, VanillaConfig, focus_3b
+from focus.config import FusionConfig, HierarchicalConfig, VanillaConfig
 from focus.errors import ShapeError
+from focus.presets import focus_3b
 from focus.tokenizer.semantic import SemanticBranch
 from focus.vision.fusion import Fusion
 from focus.vision.whiten import whiten

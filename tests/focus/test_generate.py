@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from focus.batch import Source
 from focus.buckets import Bucket
-from focus.config import FocusConfig, LLMConfig, focus_tiny
+from focus.config import FocusConfig, LLMConfig
 from focus.generate import (
     Decodable,
     GenerationError,
@@ -24,6 +24,7 @@ from focus.generate import (
 )
 from focus.grammar import Drawing, Keep, keep_outside
 from focus.llm import Qwen2Trunk
+from focus.presets import focus_tiny
 from focus.prompts import Prompt, build, training_texts
 from focus.sampling import GREEDY, Sampling, guide
 from focus.sequence import Sequence, collate

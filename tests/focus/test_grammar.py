@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from focus.buckets import BUCKETS, Bucket, bucket_of
-from focus.config import focus_3b, focus_tiny
 from focus.grammar import (
     Choice,
     Drawing,
@@ -13,6 +12,7 @@ from focus.grammar import (
     keep_outside,
     parse,
 )
+from focus.presets import focus_3b, focus_tiny
 from focus.prompts import Prompt, build, prompt_only, training_texts
 from focus.vocabulary import Vocabulary
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from focus.buckets import Bucket, bucket_of, buckets_for
-from focus.config import FocusConfig, focus_3b, focus_tiny
+from focus.config import FocusConfig
 from focus.info import (
     PARTS,
     build_meta,
@@ -20,6 +20,7 @@ from focus.info import (
     read_tokens,
 )
 from focus.llm import Qwen2Trunk
+from focus.presets import focus_3b, focus_tiny
 from focus.prompts import TASKS
 
 M = 1e6

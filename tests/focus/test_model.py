@@ -5,17 +5,16 @@ import torch
 
 from focus.batch import Pictures, Source
 from focus.config import (
-    CONFIGS,
     ConfigError,
     FocusConfig,
     VanillaConfig,
-    focus_tiny,
     from_json,
     to_json,
 )
 from focus.inputs import collate, resize
 from focus.losses import expected_code_loss, language_loss
 from focus.model import FocusModel, gather, place, pool_conditions
+from focus.presets import CONFIGS, focus_tiny
 from focus.request import Request
 from focus.vocabulary import Vocabulary
 

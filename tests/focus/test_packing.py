@@ -13,11 +13,11 @@ from engine.data.words import tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
 from engine.stages.stage import Micro, find_stage
-from focus.config import focus_tiny
 from focus.errors import ShapeError
 from focus.inputs import collate
 from focus.llm import Qwen2Trunk
 from focus.packing import plan_rows, run_packed
+from focus.presets import focus_tiny
 
 
 @pytest.fixture(scope="module")

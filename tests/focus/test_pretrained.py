@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from focus.config import FORMAT_VERSION, ConfigError, focus_3b, focus_tiny, to_json
+from focus.config import FORMAT_VERSION, ConfigError, to_json
 from focus.errors import CheckpointMismatch, TargetError
 from focus.migration import STEPS, migrate_config, migrate_name
+from focus.presets import focus_3b, focus_tiny
 from focus.pretrained import SkipRandom, find_model, load_weights, read_config, save_model
 from focus.shards import DTYPES, ShardWriter, Weights, write_tensors
 

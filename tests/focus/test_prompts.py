@@ -6,8 +6,8 @@ import torch
 
 from focus.batch import IGNORE, Batch, Source
 from focus.buckets import BUCKETS, bucket_of
-from focus.config import focus_3b, focus_tiny
 from focus.errors import ShapeError
+from focus.presets import focus_3b, focus_tiny
 from focus.prompts import (
     INSTRUCTIONS,
     RECONSTRUCT,

@@ -15,9 +15,10 @@ from engine.data.scenes import sample
 from engine.data.words import tiny_vocabulary
 from focus import Focus
 from focus.batch import Pictures
-from focus.config import ConfigError, FocusConfig, focus_tiny, from_json, to_json
+from focus.config import ConfigError, FocusConfig, from_json, to_json
 from focus.inputs import collate
 from focus.model import FocusModel
+from focus.presets import focus_tiny
 from focus.settings import Settings
 from tests.focus import small_checkpoints as small
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus.config import FocusConfig, PixelConfig, SemanticConfig, SimVQConfig, focus_tiny
+from focus.config import FocusConfig, PixelConfig, SemanticConfig, SimVQConfig
 from focus.errors import ShapeError
+from focus.presets import focus_tiny
 from focus.tokenizer.adversary import Adversary, Discriminator, PerceptualLoss
 from focus.tokenizer.dual import CodeNoise, Codes, DualTokenizer, TokenizerWeights, swap_codes
 from focus.tokenizer.semantic import SemanticBranch, semantic_loss

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from focus.config import PixelConfig, SimVQConfig, focus_3b
+from focus.config import PixelConfig, SimVQConfig
 from focus.errors import ShapeError
+from focus.presets import focus_3b
 from focus.tokenizer.pixel import AttentionBlock, CodeNorm, Down, PixelDecoder, PixelEncoder, Up
 
 CONFIG = PixelConfig(

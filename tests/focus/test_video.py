@@ -15,8 +15,8 @@ from torch import Tensor
 from engine.data.scenes import Clip, clip
 from engine.data.words import tiny_vocabulary
 from focus import Box, Focus, MaskRegion
-from focus.config import focus_tiny
 from focus.model import FocusModel
+from focus.presets import focus_tiny
 from focus.request import RequestError
 from focus.segment.predictor import Prediction
 from focus.settings import Settings

@@ -11,8 +11,9 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from focus.config import HierarchicalConfig, VanillaConfig, focus_3b, focus_tiny
+from focus.config import HierarchicalConfig, VanillaConfig
 from focus.errors import CheckpointMismatch, ShapeError
+from focus.presets import focus_3b, focus_tiny
 from focus.vision.encoder import (
     HierarchicalEncoder,
     VanillaEncoder,

@@ -4,7 +4,7 @@ import pickle
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
-from focus.config import focus_tiny
+from focus.presets import focus_tiny
 from focus.prompts import training_texts
 from focus.vocabulary import Vocabulary, VocabularyError
 

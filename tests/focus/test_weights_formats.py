@@ -13,9 +13,10 @@ from torch import Tensor
 
 from engine import cli
 from engine.commands import import_
-from focus.config import FocusConfig, focus_3b, to_json
+from focus.config import FocusConfig, to_json
 from focus.errors import CheckpointMismatch, TargetError
 from focus.model import FocusModel
+from focus.presets import focus_3b
 from focus.pretrained import load_weights
 from focus.vocabulary import QWEN_PIXEL, QWEN_SEMANTIC, Vocabulary, VocabularyError
 from focus.weights import convnext, fresh, movq, qwen2

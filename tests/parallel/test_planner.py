@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.train import StepDataset, StepWork, build_engine
-from focus.config import focus_3b
+from focus.presets import focus_3b
 from parallel.layout import ParallelConfig
 from parallel.mesh import open_mesh
 from parallel.planner import GPUS, PlanError, activation_bytes, plan, render, weight_bytes

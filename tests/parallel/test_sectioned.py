@@ -13,8 +13,9 @@ from engine.runs import find_run
 from engine.sectioned import sectioned
 from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro, Stage, find_stage
-from focus.config import CONFIGS, FocusConfig, focus_tiny
+from focus.config import FocusConfig
 from focus.model import FocusModel
+from focus.presets import CONFIGS, focus_tiny
 from parallel.layout import ParallelConfig
 from parallel.sections import Handover, TableHead
 from tests.parallel import ranks

@@ -14,14 +14,14 @@ from parallel.layout import ParallelConfig
 from tests.parallel import ranks
 from tests.parallel.small import TASKS, SmallStage, small_run
 
-CUT, END = 3, 6
+CUT, END, FAR = 3, 6, 13  # a run is cut after 3 steps; it ends after 6, the slow tests' after 13
 WHOLE = ParallelConfig(trunk="megatron")
 
 
 def train_part(
     rank: int, folder: Path, layout: ParallelConfig, until: int, changes: dict[str, Any]
 ) -> str:
-    """Train stage 3 in `folder` up to `until` steps; return what the run said."""
+    """Train stage 3 in `folder` up to `until` steps of 6; return what the run said."""
     from engine.train import train
 
     tasks = TASKS[3][:: layout.data_size(ranks.world())]
@@ -38,15 +38,16 @@ def go(size: int, folder: Path, layout: ParallelConfig, until: int = END, **chan
     return text
 
 
-def curve(folder: Path) -> list[tuple[dict[str, float], float]]:
+def curve(folder: Path, end: int = END) -> list[tuple[dict[str, float], float]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, END + 1))
+    assert [line["step"] for line in lines] == list(range(1, end + 1))
     return [(line["terms"], line["grad_norm"]) for line in lines]
 
 
-def worst(folder: Path, reference: Path) -> float:
+def worst(folder: Path, reference: Path, end: int = END) -> float:
     largest = 0.0
-    for (terms, norm), (true_terms, true_norm) in zip(curve(folder), curve(reference), strict=True):
+    found, expected = curve(folder, end), curve(reference, end)
+    for (terms, norm), (true_terms, true_norm) in zip(found, expected, strict=True):
         pairs = [(terms[name], true_terms[name]) for name in true_terms] + [(norm, true_norm)]
         largest = max(largest, *(abs(a - b) / abs(b) for a, b in pairs))
     return largest
@@ -67,25 +68,48 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("size", [1, 2], ids=["one", "dp2"])
+def test_another_layout_goes_on_as_if_nothing_had_happened(
+    cut: Path, uncut: Path, tmp_path: Path, size: int
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(cut, folder)
+    said = go(size, folder, WHOLE)
+    assert f"resuming after step {CUT}" in said
+    assert worst(folder, uncut) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same two, ten steps longer than the cut: one process uncut, four ranks cut."""
+    folder = tmp_path_factory.mktemp("far")
+    go(1, folder / "uncut", WHOLE, FAR, steps=FAR)
+    go(4, folder / "cut", ParallelConfig(tp=2, pp=2), CUT, steps=FAR)
+    return folder / "uncut", folder / "cut"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "layout"),
     [
         (1, {"trunk": "megatron"}),
+        (2, {"tp": 2}),
+        (2, {"pp": 2}),
         (2, {"trunk": "megatron"}),
-        pytest.param(2, {"tp": 2}, marks=pytest.mark.slow),
-        pytest.param(2, {"pp": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2, "pp": 2}, marks=pytest.mark.slow),
+        (4, {"tp": 2, "pp": 2}),
     ],
-    ids=["one", "dp2", "tp2", "pp2", "tp2pp2"],
+    ids=["one", "tp2", "pp2", "dp2", "tp2pp2"],
 )
-def test_another_layout_goes_on_as_if_nothing_had_happened(
-    cut: Path, uncut: Path, tmp_path: Path, size: int, layout: dict[str, Any]
+def test_the_next_ten_steps_at_another_layout_equal_the_uncut_run(
+    far: tuple[Path, Path], tmp_path: Path, size: int, layout: dict[str, Any]
 ) -> None:
+    uncut, cut = far
     folder = tmp_path / "run"
     shutil.copytree(cut, folder)
-    said = go(size, folder, ParallelConfig(**layout))
+    said = go(size, folder, ParallelConfig(**layout), FAR, steps=FAR)
     assert f"resuming after step {CUT}" in said
-    assert worst(folder, uncut) <= 1e-4
+    assert len(curve(folder, FAR)) - CUT == 10
+    assert worst(folder, uncut, FAR) <= 1e-4
 
 
 def test_rates_of_each_part_survive_a_resume(cut: Path, uncut: Path, tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ def test_encode_adds_the_models_own_codes(
     from engine.data.pil import Copies, PilDecoder, Work
     from engine.data.views import make_view
     from focus.batch import Pictures
-    from focus.config import focus_tiny
     from focus.model import FocusModel
+    from focus.presets import focus_tiny
     from focus.pretrained import save_model
 
     torch.manual_seed(0)
@@ -145,8 +145,8 @@ def test_two_processes_write_the_codes_of_one(
 ) -> None:
     import torch
 
-    from focus.config import focus_tiny
     from focus.model import FocusModel
+    from focus.presets import focus_tiny
     from focus.pretrained import save_model
 
     torch.manual_seed(0)

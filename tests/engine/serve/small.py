@@ -10,10 +10,11 @@ import torch
 
 from focus.api import Focus
 from focus.buckets import bucket_of
-from focus.config import FocusConfig, focus_tiny
+from focus.config import FocusConfig
 from focus.generate import State
 from focus.inputs import collate
 from focus.model import FocusModel
+from focus.presets import focus_tiny
 from focus.request import Request
 from focus.sampling import Sampling
 from focus.settings import Settings

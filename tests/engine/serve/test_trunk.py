@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from engine.serve.trunk import FusedTrunk, quantise, quantised
-from focus.config import LLMConfig, focus_tiny
+from focus.config import LLMConfig
 from focus.errors import ShapeError
 from focus.llm import KVCache, Qwen2Trunk
+from focus.presets import focus_tiny
 
 CONFIG = dataclasses.replace(
     focus_tiny().llm, num_layers=2, dim=48, num_heads=6, num_kv_heads=2, head_dim=8, ffn_dim=64
