@@ -11,7 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from engine.export.bundle import Bundle
 from engine.export.errors import BundleError, ExportError
 from engine.export.operators import DOMAIN, OPERATORS
-from engine.export.support import SUPPORTED
+from engine.export.support import SUPPORTED, restrictions
 
 
 def check_external_data(bundle: Bundle, path: Path) -> ModelProto:
@@ -68,10 +68,10 @@ def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
 
 
 def check_nodes(model: ModelProto, name: str) -> dict[str, int]:
-    """Count a model's operators; each must be ours or one that TensorRT documents.
+    """Count a model's operators; each must be ours or one that TensorRT documents, as documented.
 
     The bodies of our operators count too: they run where the plugin is missing. Raises
-    `ExportError` naming those that are not on the list.
+    `ExportError` naming those that are not on the list or used in an unsupported way.
     """
     counts: dict[str, int] = {}
     ours = {operator.name for operator in OPERATORS}
@@ -85,9 +85,10 @@ def check_nodes(model: ModelProto, name: str) -> dict[str, int]:
         )  # fmt: skip
         if not known:
             foreign.add(f"{node.domain or 'ai.onnx'}::{node.op_type}")
-    if foreign:
+    refused = sorted(foreign) + restrictions(model)
+    if refused:
         raise ExportError(
             f"{name}: operators that TensorRT's parser documents expected, got "
-            f"{', '.join(sorted(foreign))}"
+            f"{', '.join(refused)}"
         )
     return counts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.export.errors import ExportError
+from engine.export.graph_check import check_nodes
 from engine.export.operators import DOMAIN, OPERATORS, translation_table
 from engine.export.part import Part
 from engine.export.shelf import References, Stored, read_shelf
@@ -135,6 +136,7 @@ def write_graph(
     path = folder / f"{part.name}.onnx"
     ir.save(model, path)
     onnx.checker.check_model(str(path))
+    check_nodes(onnx.load(str(path), load_external_data=False), part.name)
     return [path.name, *files]
 
 

@@ -1,7 +1,8 @@
 """ONNX operators that TensorRT's parser documents, and the restrictions that concern us.
 
 From the operator table of onnx-tensorrt (docs/operators.md, TensorRT 10.15 and later). An operator
-that is not listed makes `focus verify` fail; a restriction keeps a part from becoming a plan.
+that is not listed, and one used in a way that is documented as unsupported, makes export and
+`focus verify` fail.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SUPPORTED = frozenset((
 
 def restrictions(model: ModelProto) -> list[str]:
     """Return what in a graph TensorRT documents as unsupported, once each."""
-    return sorted({reason for node in model.graph.node for reason in _reasons(node)})
+    bodies = (node for function in model.functions for node in function.node)
+    return sorted({r for node in (*model.graph.node, *bodies) for r in _reasons(node)})
 
 
 def _reasons(node: NodeProto) -> Iterator[str]:

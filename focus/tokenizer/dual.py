@@ -15,6 +15,7 @@ from focus.config import FocusConfig
 from focus.errors import ShapeError
 from focus.tokenizer.adversary import Adversary, PerceptualLoss
 from focus.tokenizer.pixel import PixelDecoder, PixelEncoder
+from focus.tokenizer.resize import resize_bicubic
 from focus.tokenizer.semantic import SemanticBranch, semantic_loss
 from focus.tokenizer.simvq import SimVQ
 
@@ -96,12 +97,7 @@ class DualTokenizer(nn.Module):
     def merge(self, semantic: Tensor, pixel: Tensor) -> Tensor:
         """Vectors [B, hs, ws, d] and [B, hp, wp, d] -> merged code map [B, 2d, hp, wp]."""
         fine = pixel.permute(0, 3, 1, 2)
-        coarse = F.interpolate(
-            semantic.permute(0, 3, 1, 2).float(),
-            size=fine.shape[-2:],
-            mode="bicubic",
-            align_corners=False,
-        )
+        coarse = resize_bicubic(semantic.permute(0, 3, 1, 2), (fine.shape[2], fine.shape[3]))
         return torch.cat([coarse.to(fine.dtype), fine], dim=1)
 
     def decode(self, codes: Codes) -> Tensor:
