@@ -1,8 +1,11 @@
-"""One thread per test process, no network, and no gpu test without a GPU."""
+"""One thread per test process, a cache of its own, no network, and no gpu test without a GPU."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -12,6 +15,16 @@ for name, value in (
     ("TOKENIZERS_PARALLELISM", "false"),
 ):
     os.environ.setdefault(name, value)
+
+if "FOCUS_CACHE" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="focus-cache-")
+    os.environ["FOCUS_CACHE"] = _cache
+    _owner = os.getpid()  # children run the exit handlers as well
+
+    @atexit.register
+    def _forget() -> None:
+        if os.getpid() == _owner:
+            shutil.rmtree(_cache, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

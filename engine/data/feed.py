@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from engine.stages.stage import Micro
 
 START = "drawn"  # key of run.extra: what `positions` returned for the step to go on from
+# Values of run.extra["shards"] that are no folder: the built-in world, read from its cache (the
+# default), or drawn anew at every step.
+CACHE, LIVE = "cache", (None, "none", "live")
 SPARES = 8  # other micro-batches to try where nothing of one can be read
 
 
@@ -84,7 +87,6 @@ class Feed:
         self.settings = settings_of(run)
         self.listener = _Listener()
         self._loaders: dict[tuple[str, int, int, bool], Loader] = {}
-        self._decoder: tuple[int, Decoder] | None = None
 
     def mixture(self, task: str, size: int, spare: int = 0, short: bool = False) -> Mixture:
         """The row of micro-batches of one task and size, `short` ones among them if asked.
@@ -140,19 +142,11 @@ class Feed:
         name = (task, size, spare, short)
         if name not in self._loaders:
             mixture = self.mixture(*name)
-            self._loaders[name] = Loader(mixture, self._open(), self.settings, self.listener)
-        self._loaders[name].decoder = self._open()
+            self._loaders[name] = Loader(
+                mixture, decoder_of(self.run), self.settings, self.listener
+            )
+        self._loaders[name].decoder = decoder_of(self.run)
         return self._loaders[name]
-
-    def _open(self) -> Decoder:
-        """This process's decoder: threads do not survive a fork, and the parent opens none."""
-        if self._decoder is None or self._decoder[0] != os.getpid():
-            name = str(self.run.extra.get("loader", "auto"))
-            if name == "auto" and self.run.workers and parent_process() is None:
-                name = "pil"
-            threads = int(self.run.extra.get("decode_threads", 1))
-            self._decoder = os.getpid(), open_decoder(name, threads)
-        return self._decoder[1]
 
     def fingerprint(self, run: Run) -> str:
         """Changes whenever another order of samples could come out."""
@@ -219,13 +213,27 @@ def positions(run: Run, step: int, ranks: int) -> dict[str, Any]:
     return {"step": step, "before": before}
 
 
+_decoders: dict[tuple[int, str, int], Decoder] = {}
+
+
+def decoder_of(run: Run) -> Decoder:
+    """This process's decoder: threads do not survive a fork, and the parent opens none."""
+    name = str(run.extra.get("loader", "auto"))
+    if name == "auto" and run.workers and parent_process() is None:
+        name = "pil"
+    key = os.getpid(), name, int(run.extra.get("decode_threads", 1))
+    if key not in _decoders:
+        _decoders[key] = open_decoder(*key[1:])
+    return _decoders[key]
+
+
 _feeds: dict[tuple[str, str], Feed] = {}  # of this process
 
 
 def open_feed(run: Run) -> Feed | None:
-    """The feed of a run that reads shards (`extra["shards"]`), None for the built-in world."""
-    folder = run.extra.get("shards")
-    if folder is None:
+    """The feed of a run that reads a folder of shards, None for the built-in world."""
+    folder = run.extra.get("shards", CACHE)
+    if folder in (CACHE, *LIVE):
         return None
     plain = {k: v for k, v in run.extra.items() if k not in (START, "tasks_per_step")}
     name = (str(folder), repr((run.name, run.seed, run.model, run.stage, run.workers, plain)))

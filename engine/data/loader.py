@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from engine.data.codes import CodeReader, SampleCodes
 from engine.data.guard import BadSample, check_picture
 from engine.data.layers import encode_map, from_cells, to_cells
 from engine.data.manifest import Dataset, Tally
-from engine.data.mixture import Mixture, Pick
+from engine.data.mixture import Part, Pick
 from engine.data.pil import Copies, Decoder, Levels, Work
 from engine.data.records import Record
 from engine.data.rle import decode_rle
@@ -37,6 +37,27 @@ from engine.data.views import (
     mirror_text,
 )
 from engine.run import derive_seed
+
+
+class Samples(Protocol):
+    """Undecoded samples by number: a `Dataset`."""
+
+    def read(self, number: int) -> Encoded:
+        """Read one sample. Raises `BadSample`."""
+        ...
+
+
+class Order(Protocol):
+    """Which samples make which micro-batch: a `Mixture`."""
+
+    seed: int
+    next: int
+
+    @property
+    def parts(self) -> Sequence[Part]: ...  # noqa: D102
+    @property
+    def datasets(self) -> Mapping[str, Samples]: ...  # noqa: D102
+    def pick(self, index: int) -> Pick: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +113,7 @@ class Loader:
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Order,
         decoder: Decoder,
         settings: Settings | None = None,
         tally: Tally | None = None,
@@ -144,7 +165,9 @@ class Loader:
     def _draft(self, folder: str, number: int, pick: Pick, works: list[Work]) -> _Draft:
         dataset = self.mixture.datasets[folder]
         encoded = dataset.read(number)
-        codes = self._read_codes(dataset, number) if self.settings.codes else None
+        codes = None
+        if self.settings.codes and isinstance(dataset, Dataset):
+            codes = self._read_codes(dataset, number)
         rng = np.random.default_rng(
             derive_seed(self.mixture.seed, pick.part, pick.slot.epoch, number)
         )

@@ -1,10 +1,15 @@
-"""Where a run's records come from: the built-in world, or shards (`extra["shards"]`)."""
+"""Where a run's records come from: shards, of the built-in world unless `extra["shards"]` differs.
+
+`extra["shards"]` is a folder of shards; "cache" (the default): the built-in world, kept as shards
+in the user's cache folder (`engine/data/cache.py`); "live" or none: the same scenes, drawn anew.
+"""
 
 from __future__ import annotations
 
 import typing
 
-from engine.data.feed import open_feed
+from engine.data.cache import open_cache
+from engine.data.feed import CACHE, decoder_of, open_feed
 from engine.data.records import Record, Task
 from engine.data.scenes import sample
 from engine.run import Run
@@ -21,8 +26,9 @@ def config_of(run: Run) -> FocusConfig:
 def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
     """Return the training records of one micro-batch: a pure function of its arguments.
 
-    The data seed is `extra["data_seed"]`, by default the run's own. With `extra["shards"]` the
-    records are read from there, in the order of a mixture; broken ones are missing.
+    The data seed is `extra["data_seed"]`, by default the run's own. From a folder of shards the
+    records come in the order of a mixture, broken ones missing; the built-in world's are the same
+    whether they are read or drawn.
     Raises: DataError when the shards hold nothing readable.
     """
     feed = open_feed(run)
@@ -32,4 +38,7 @@ def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
     seed = int(run.extra.get("data_seed", run.seed))
     size = config_of(run).hierarchical.image_size
     first = micro.first_sample(run, step)
+    if run.extra.get("shards", CACHE) == CACHE:
+        kept = open_cache(seed, size)
+        return kept.records(task, first, micro.size, decoder_of(run))
     return [sample(task, "train", seed, first + i, size) for i in range(micro.size)]
