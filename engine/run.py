@@ -34,10 +34,13 @@ class Run:
     touching parameters, before the run stops with an error.
     `batch` is the number of samples per step over all ranks; `fit` turns it into a number of
     micro-batches per rank. `timeout` seconds without a finished step end the process with all its
-    stacks printed (0: never). `profile` names the steps (first, last) that torch's profiler traces.
+    stacks printed (0: never). `async_save` lets a thread write checkpoints, from a copy in host
+    memory; a run's last is waited for. `profile` names the steps (first, last) that torch's
+    profiler traces.
     `measure_flops` traces the model at the start, for TFLOP/s and MFU in the log. `wandb` is the
     Weights & Biases project to log to.
-    `extra` holds what only the stage understands.
+    `precision` "bf16" keeps fp32 weights; "fp8" also multiplies the trunk's matrices in fp8, which
+    needs megatron-core and transformer-engine. `extra` holds what only the stage understands.
     """
 
     name: str
@@ -56,9 +59,10 @@ class Run:
     init_from: str | None = None
     save_every: int = 500
     keep: int = 2
+    async_save: bool = False
     panel_every: int = 500
     log_every: int = 10
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     ema: float | None = None
     skips: int = 0
     workers: int = 1

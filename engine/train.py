@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 import traceback
@@ -21,7 +20,8 @@ from engine.data.ledger import Ledger
 from engine.meter import Meter, profiled, watched
 from engine.monitor import Monitor
 from engine.process import ignore_signals, own_folder, seed_everything, stop_signals
-from engine.run import Run, RunError, derive_seed, fit, to_json
+from engine.run import Run, RunError, derive_seed, fit
+from engine.saving import Saver, restore
 from engine.sectioned import sectioned
 from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
 from focus.batch import Batch
@@ -102,7 +102,7 @@ def train(
             meter=Meter(run, mesh, out_dir),
         )
         messages: list[str] = []
-        start = _restore(training, resume, messages.append)
+        start = restore(training, resume, messages.append)
         last = min(run.steps, until or run.steps)
         monitor = Monitor(
             out_dir,
@@ -147,6 +147,11 @@ def build_engine(run: Run, stage: Stage, mesh: Mesh) -> Engine:
             precision=run.precision,
             seed=derive_seed(run.seed, "megatron"),
         )
+    if run.precision == "fp8":
+        raise RunError(
+            "precision=fp8 is megatron-core's trunk by transformer-engine; set "
+            "parallel.trunk=megatron, or precision=bf16"
+        )
     return PlainEngine(model, run.optimizer(), mesh, precision=run.precision, ema=run.ema)
 
 
@@ -157,8 +162,12 @@ def _loop(
     run, mesh, folder = training.run, training.mesh, training.folder
     training.engine.model.train()
     batches = step_batches(training.ledger.planned(), training.stage, mesh, start, last)
-    step, saved = start, start if folder.steps() else -1
-    with watched(run.timeout) as alive, profiled(run, monitor.folder, start) as profiler:
+    step = start
+    with (
+        watched(run.timeout) as alive,
+        profiled(run, monitor.folder, start) as profiler,
+        Saver(training, start if folder.steps() else -1) as saver,
+    ):
         while step < last and not mesh.any(stop()):
             alive()
             report, facts = _step(training, monitor, step, batches)
@@ -170,15 +179,15 @@ def _loop(
             monitor.step(step, report.terms, known)
             if profiler is not None:
                 profiler.step()
+            saver.poll()
             if step % run.save_every == 0 and step < last:
                 alive()
-                save(training, step)
-                saved = step
+                saver.save(step)
             if run.panel_every and (step % run.panel_every == 0 or step == last) and mesh.leader:
                 _panel(training.stage, training.engine.model, monitor, step)
         alive()
-        if saved != step and step:  # before the first step the optimizer has no state to save
-            save(training, step)
+        if step:  # before the first step the optimizer has no state to save
+            saver.finish(step)
     if step < last:
         kept = f"saved {folder.path(step)}" if step else "nothing to save yet"
         monitor.say(f"stopped by a signal after step {step}; {kept}")
@@ -212,62 +221,6 @@ def _step(
         **meter.facts(step + 1, micros, samples, time.monotonic() - began, waited),
     }
     return report, facts
-
-
-def save(training: Training, step: int) -> None:
-    """Publish a checkpoint of step N: weights, optimizer, counters, the run itself.
-
-    At the run's end a split model is written whole as well, for the next stage and for inference.
-    """
-    run, mesh, engine = training.run, training.mesh, training.engine
-    training.ledger.settle(step)
-
-    def write(path: Path) -> None:
-        engine.save(path)
-        if step >= run.steps:
-            engine.export(path / "model.safetensors")
-        if not mesh.leader:
-            return
-        state = {
-            "step": step,
-            "data_size": mesh.data_size,
-            "run": to_json(run),
-            "stage": training.stage.state(),
-            "data": training.ledger.state(),
-            "skipped": training.meter.skipped,
-        }
-        (path / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-
-    training.folder.save(step, write, mesh)
-
-
-def _restore(training: Training, resume: bool, say: Callable[[str], None]) -> int:
-    """Load the newest sound checkpoint; return the step to do next."""
-    folder, stage = training.folder, training.stage
-    if not resume and folder.steps():
-        raise RunError(
-            f"{folder.folder} already holds checkpoints of steps {folder.steps()}; resume, or "
-            "remove them, or choose another folder"
-        )
-
-    def read(path: Path) -> dict[str, Any]:
-        training.engine.load(path)
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        stage.load_state(state["stage"])
-        return state
-
-    if training.mesh.leader:
-        folder.clean()
-    found = folder.load(read, say, training.mesh)
-    if found is None:
-        return 0
-    step, state = found
-    training.meter.skipped = int(state.get("skipped", 0))
-    training.ledger.resume(state.get("data", {}), step, int(state["data_size"]))
-    new = json.loads(json.dumps(to_json(training.run)))
-    changed = sorted(k for k in new if new[k] != state["run"].get(k, new[k]))
-    say(f"resuming after step {step}" + (f"; changed since: {', '.join(changed)}" * bool(changed)))
-    return step
 
 
 class StepWork:

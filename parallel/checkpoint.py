@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -62,29 +64,44 @@ class CheckpointFolder:
                 if path.name.startswith("step-") and path.suffix in (".tmp", ".old"):
                     shutil.rmtree(path, ignore_errors=True)
 
+    def unfinished(self, step: int) -> Path:
+        """Folder that step N is written into before it has its name."""
+        return self.folder / f"step-{step}.tmp"
+
+    def begin(self, step: int, mesh: Mesh | None = None) -> Path:
+        """Make an empty folder for step N and return it; every process of `mesh` calls it."""
+        unfinished = self.unfinished(step)
+
+        def make() -> None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+
+        together(mesh, make if mesh is None or mesh.leader else nothing)
+        return unfinished
+
+    @contextmanager
+    def guarded(self, step: int, mesh: Mesh | None = None) -> Iterator[None]:
+        """Remove the unfinished folder on any failure; an `OSError` becomes `CheckpointError`."""
+        try:
+            yield
+        except BaseException as error:
+            if mesh is None or mesh.leader:
+                shutil.rmtree(self.unfinished(step), ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointError(_reason(step, self.folder, error)) from error
+            raise
+
     def save(self, step: int, write: Callable[[Path], None], mesh: Mesh | None = None) -> Path:
         """Publish what `write(folder)` writes as step N; every process of `mesh` calls it.
 
         On any failure the unfinished folder is removed, earlier checkpoints stay as they are, and
         an `OSError` becomes one `CheckpointError` (a full disk says so) on every process.
         """
-        unfinished = self.folder / f"step-{step}.tmp"
         leader = mesh is None or mesh.leader
-
-        def begin() -> None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-
-        try:
-            _together(mesh, begin if leader else _nothing)
-            _together(mesh, lambda: write(unfinished))
-            _together(mesh, (lambda: self.publish(step, unfinished)) if leader else _nothing)
-        except BaseException as error:
-            if leader:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise CheckpointError(_reason(step, self.folder, error)) from error
-            raise
+        with self.guarded(step, mesh):
+            unfinished = self.begin(step, mesh)
+            together(mesh, lambda: write(unfinished))
+            together(mesh, (lambda: self.publish(step, unfinished)) if leader else nothing)
         return self.path(step)
 
     def publish(self, step: int, unfinished: Path) -> None:
@@ -150,11 +167,23 @@ class CheckpointFolder:
         return [first] + [s for s in steps if s < first] + [s for s in steps if s > first]
 
 
-def _nothing() -> None:
-    return None
+def nothing() -> None:
+    """Do nothing."""
 
 
-def _together(mesh: Mesh | None, work: Callable[[], None]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """A state that can be written: `write` touches files alone, so any thread may call it.
+
+    `finish` follows on the main thread of every process, once all have written; it may talk to
+    other processes.
+    """
+
+    write: Callable[[], None] = nothing
+    finish: Callable[[], None] = nothing
+
+
+def together(mesh: Mesh | None, work: Callable[[], None]) -> None:
     """Do `work` on every process; raise on all when it failed on one."""
     failure: Exception | None = None
     try:

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.checkpoint import CheckpointMismatch
+from parallel.checkpoint import CheckpointMismatch, Staged
 from parallel.mesh import Mesh
 from parallel.optimizer import OptimizerConfig, freeze, frozen_rows
 from parallel.sections import Work
-from parallel.tensors import read_tensors, unique_tensors, write_tensors
+from parallel.tensors import copy_to_host, read_tensors, unique_tensors, write_tensors
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -47,12 +47,15 @@ class Engine(Protocol):
         """Accumulate gradients over the micro-batches and step; raises `NonFiniteLoss`."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer into an existing folder; every rank calls it."""
+    def stage(self, folder: Path, *, copy: bool = False) -> Staged:
+        """Return what writes model and optimizer into an existing folder; every rank calls it.
+
+        With `copy` it holds a copy in host memory, so that training may go on meanwhile.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; raises `CheckpointMismatch`."""
+        """Restore what `stage` gave to write; raises `CheckpointMismatch`."""
         ...
 
     def export(self, path: Path) -> None:
@@ -164,28 +167,36 @@ class PlainEngine:
                 targets, [p.detach() for p in self.learning.values()], 1 - self.ema
             )
 
-    def save(self, folder: Path) -> None:
-        """Write model.safetensors, optimizer.safetensors and, when averaged, ema.safetensors."""
+    def stage(self, folder: Path, *, copy: bool = False) -> Staged:
+        """Return what writes model, optimizer and, when averaged, ema.safetensors on the leader."""
         if not self.mesh.leader:
-            return
+            return Staged()
         tensors, aliases = unique_tensors(self.model.state_dict())
-        write_tensors(folder / "model.safetensors", tensors, {"aliases": json.dumps(aliases)})
         moments: dict[str, Tensor] = {}
         for name, parameter in self.learning.items():
             for key, value in self.optimizer.state[parameter].items():
                 moments[f"{key}/{name}"] = value
-        write_tensors(folder / "optimizer.safetensors", moments)
+        files = {"model": tensors, "optimizer": moments}
         if self.average:
-            write_tensors(folder / "ema.safetensors", self.average)
+            files["ema"] = self.average
+        if copy:
+            files = {name: copy_to_host(part) for name, part in files.items()}
+        metadata = {"model": {"aliases": json.dumps(aliases)}}
+
+        def write() -> None:
+            for name, part in files.items():
+                write_tensors(folder / f"{name}.safetensors", part, metadata.get(name))
+
+        return Staged(write=write)
 
     def export(self, path: Path) -> None:
-        """Write the whole model as one safetensors file, unless `save` did so already."""
+        """Write the whole model as one safetensors file, unless a save did so already."""
         if self.mesh.leader and not path.exists():
             tensors, aliases = unique_tensors(self.model.state_dict())
             write_tensors(path, tensors, {"aliases": json.dumps(aliases)})
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, tensor by tensor; raises `CheckpointMismatch`."""
+        """Restore what `stage` gave to write, tensor by tensor; raises `CheckpointMismatch`."""
         load_exactly(self.model, read_tensors(folder / "model.safetensors"), folder)
         state: dict[str, dict[str, Tensor]] = {}
         for key, value in read_tensors(folder / "optimizer.safetensors").items():

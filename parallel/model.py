@@ -35,7 +35,7 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from parallel.language import SplitHead  # noqa: E402
-from parallel.spec import zigzag  # noqa: E402
+from parallel.spec import length_multiple, zigzag  # noqa: E402
 from parallel.trunk import Trunk  # noqa: E402
 
 
@@ -157,8 +157,8 @@ class SplitModel(MegatronModule):
 
     def _split_sequence(self, embeddings: Tensor) -> Tensor:
         """Cut [B, T, D] into this rank's [t, B, D], padding T to what the layout needs."""
-        tp, cp = self.config.tensor_model_parallel_size, self.config.context_parallel_size
-        multiple = (tp if self.config.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+        cp = self.config.context_parallel_size
+        multiple = length_multiple(self.config)
         states = embeddings.to(self.config.params_dtype).transpose(0, 1)
         length = max(self.least_length, states.shape[0])
         padding = -(-length // multiple) * multiple - states.shape[0]

@@ -66,10 +66,10 @@ def repair_reshardable_padding() -> None:
 
 
 def use_local_queue() -> None:
-    """Let a synchronous save report its results in this process.
+    """Let a save report its results in this process, where our threads write its files.
 
     megatron-core starts a manager process for it, which imports the main script anew (seconds, a
-    hang without a `__main__` guard) and outlives a killed rank; only asynchronous saving needs it.
+    hang without a `__main__` guard) and outlives a killed rank; its own forked writers need it.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,15 @@ import torch
 import torch.distributed as dist
 
 from parallel import cpu
-from parallel.checkpoint import CheckpointMismatch
+from parallel.checkpoint import CheckpointMismatch, Staged, nothing
 
 cpu.install()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402  (after cpu.install)
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
+    FileSystemWriterAsync,
+)
 
 from parallel.model import SplitModel  # noqa: E402
 
@@ -28,13 +34,62 @@ FORMAT = {
 }
 
 
-def save_shards(folder: Path, chunks: Sequence[SplitModel], optimizer: Any) -> None:
-    """Write every rank's shards into a new folder; raises `OSError` and what the writer raises."""
+def stage_shards(
+    folder: Path, chunks: Sequence[SplitModel], optimizer: Any | None, *, copy: bool = False
+) -> Staged:
+    """Return what writes every rank's shards into a new folder; every rank calls it.
+
+    megatron-core's asynchronous request, carried out by whichever thread calls `write`; its own
+    callers fork processes, which would go on writing after their rank was killed.
+    """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
     state = _sharded(chunks, optimizer, loading=False)
-    dist_checkpointing.save(state, str(folder), content_metadata=dict(FORMAT))
+    request = dist_checkpointing.save(
+        state, str(folder), content_metadata=dict(FORMAT), async_sharded_save=True
+    )
+
+    def finish() -> None:
+        for function in request.finalize_fns:
+            function()
+
+    return Staged(write=_writer(request, copy), finish=finish)
+
+
+def _writer(request: Any, copy: bool) -> Callable[[], None]:
+    """Return what writes this rank's files; raises what writing raised."""
+    if request.async_fn is None:
+        return nothing  # other ranks write all that this one has
+    transforms = request.async_fn.args[0]
+    results = request.async_fn_args[2]
+    while not results.empty():
+        results.get_nowait()  # of a save that failed before it was finished
+    buckets = request.preload_fn()
+    if copy and not torch.cuda.is_available():
+        # Tensors of a GPU were copied just now; those of a CPU are the parameters themselves.
+        buckets = [
+            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (data, tensors) in buckets
+        ]
+    # Without its decorator, which switches the garbage collector of all threads off.
+    write_one = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
+
+    def write_bucket(number: int) -> Any:
+        count: queue.Queue[int] = queue.Queue()
+        answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+        count.put(number)
+        write_one(transforms, number, buckets[number], answers, count, True)
+        found = answers.get_nowait()[1]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def write() -> None:
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            results.put(dict(enumerate(pool.map(write_bucket, range(len(buckets))))))
+
+    return write
 
 
 def load_shards(folder: Path, chunks: Sequence[SplitModel], optimizer: Any | None) -> None:

@@ -137,6 +137,56 @@ def provider() -> str:
     return "te"
 
 
+FP8_ROWS = 16  # a matrix of an fp8 product has a multiple of these rows and columns
+
+
+def fp8_problem() -> str | None:
+    """Say why matrices cannot be multiplied in fp8 here, or None where they can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 9):
+        return f"the card's compute capability is {major}.{minor}, at least 8.9 expected"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # what a broken build raises is not known beforehand
+        return f"transformer-engine cannot be loaded ({type(error).__name__}: {error})"
+    from megatron.core.utils import get_te_version, is_te_min_version
+
+    if not is_te_min_version("2.2.0.dev0"):
+        return f"transformer-engine is {get_te_version()}, at least 2.2 expected"
+    return None
+
+
+def fp8_options(llm: LLMConfig, layout: ParallelConfig) -> dict[str, Any]:
+    """Return megatron's fields for fp8 products of the trunk's layers; raises `MeshError`.
+
+    e4m3 forward, e5m2 for gradients, each tensor scaled by its own maximum, so that checkpoints
+    carry no history of maxima. Weights stay bf16, main weights fp32; embedding, head and attention
+    stay bf16. Not run here: no machine with such a card was at hand.
+    """
+    problem = fp8_problem()
+    if problem is not None:
+        raise MeshError(
+            f"precision=fp8 needs transformer-engine on a card that multiplies fp8, but {problem}; "
+            "use precision=bf16"
+        )
+    width = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim // layout.tp
+    sides = {"llm.dim": llm.dim, "llm.ffn_dim / tp": llm.ffn_dim // layout.tp, "qkv / tp": width}
+    odd = {name: side for name, side in sides.items() if side % FP8_ROWS}
+    if odd:
+        raise MeshError(f"precision=fp8 needs widths that {FP8_ROWS} divides, got {odd}; use bf16")
+    return {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+
+
+def length_multiple(config: TransformerConfig) -> int:
+    """What the number of positions is padded to a multiple of."""
+    found = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if config.context_parallel_size > 1:
+        found *= 2 * config.context_parallel_size
+    return found * FP8_ROWS if config.fp8 else found
+
+
 def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the layers of this rank's part of the trunk.
 
@@ -157,12 +207,13 @@ def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerB
 
 
 def transformer_config(
-    llm: LLMConfig, layout: ParallelConfig, *, bf16: bool = False
+    llm: LLMConfig, layout: ParallelConfig, *, precision: str = "fp32"
 ) -> TransformerConfig:
     """Return megatron's config of our trunk; raises `MeshError` with the rule that is broken."""
     check_layout(llm, layout)
+    bf16 = precision != "fp32"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = fp8_options(llm, layout) if precision == "fp8" else {}
     if layout.recompute == "full":
         options.update(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from focus.batch import Batch
 from parallel import cpu
+from parallel.checkpoint import Staged
 from parallel.engine import NonFiniteLoss, StepReport, sum_terms
 from parallel.layout import MeshError, ParallelConfig
 from parallel.mesh import Mesh
@@ -39,7 +40,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 from parallel.model import SplitModel  # noqa: E402
-from parallel.spec import transformer_config  # noqa: E402
+from parallel.spec import length_multiple, transformer_config  # noqa: E402
 
 WEIGHTS_ONLY = "weights-only"  # marks a checkpoint without optimizer state
 
@@ -84,15 +85,16 @@ class SplitEngine:
         self.layout = layout
         self.mesh = mesh
         self.frozen_rows = _frozen_table_rows(whole)
-        bf16 = precision == "bf16"
         llm: Any = whole.config.llm  # type: ignore[union-attr]
-        self.megatron = transformer_config(llm, layout, bf16=bf16)
+        self.megatron = transformer_config(llm, layout, precision=precision)
         open_megatron(layout, mesh, seed)
         whole.to(mesh.device)
         freeze(whole, config.rates)
         stages: list[int | None] = list(range(layout.vpp)) if layout.vpp > 1 else [None]
         self.chunks = [
-            SplitModel(whole, self.megatron, vp_stage=stage, autocast=bf16).to(mesh.device)
+            SplitModel(whole, self.megatron, vp_stage=stage, autocast=self.megatron.bf16).to(
+                mesh.device
+            )
             for stage in stages
         ]
         self.model: nn.Module = nn.ModuleList(self.chunks)
@@ -185,15 +187,14 @@ class SplitEngine:
                 f"vpp above 1 needs micro-batches of one size, got {sizes}; change micro_batches "
                 "or set parallel.vpp=1"
             )
-        tp, cp = self.layout.tp if self.layout.sequence_parallel else 1, self.layout.cp
-        multiple = tp * (2 * cp if cp > 1 else 1)
+        multiple = length_multiple(self.megatron)
         length = -(-longest // multiple) * multiple
         for chunk in self.chunks:
             chunk.least_rows = 0
         rows: int = max(self.chunks[0].num_rows(batch) for batch in batches)
         for chunk in self.chunks:
             chunk.least_length, chunk.least_rows = length, rows
-        return length + rows * cp
+        return length + rows * self.layout.cp
 
     def _check_micro_batches(self, count: int) -> None:
         if self.layout.vpp > 1 and count % self.layout.pp:
@@ -241,14 +242,14 @@ class SplitEngine:
         means = {n: s / c for n, s, c in zip(names, sums, counts, strict=True)}
         return sum(sums) / (count * self.mesh.data_size), means
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer shards; every rank calls it."""
-        from parallel.shards import save_shards
+    def stage(self, folder: Path, *, copy: bool = False) -> Staged:
+        """Return what writes model and optimizer shards; every rank calls it."""
+        from parallel.shards import stage_shards
 
-        save_shards(folder / "shards", self.chunks, self.optimizer)
+        return stage_shards(folder / "shards", self.chunks, self.optimizer, copy=copy)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at this or any other layout; raises `CheckpointMismatch`.
+        """Restore what was saved at this or any other layout; raises `CheckpointMismatch`.
 
         Where a folder holds weights alone, the optimizer starts afresh from them.
         """
@@ -261,9 +262,11 @@ class SplitEngine:
 
     def save_weights(self, folder: Path) -> None:
         """Write the model alone; every rank calls it."""
-        from parallel.shards import save_shards
+        from parallel.shards import stage_shards
 
-        save_shards(folder / "shards", self.chunks, None)
+        staged = stage_shards(folder / "shards", self.chunks, None)
+        staged.write()
+        staged.finish()
         if self.mesh.leader:
             (folder / WEIGHTS_ONLY).touch()
 

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from focus.shards import write_tensors
 
-__all__ = ["read_tensors", "unique_tensors", "write_tensors"]
+__all__ = ["copy_to_host", "read_tensors", "unique_tensors", "write_tensors"]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU."""
     return load_file(path)
+
+
+def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors into host memory of their own, wherever they are."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def unique_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

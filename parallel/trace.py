@@ -23,7 +23,7 @@ from focus.config import FocusConfig
 from focus.model import FocusModel
 from parallel.optimizer import freeze
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # fp8 is for products alone; tensors stay bf16
 
 
 def _attention_flops(

@@ -244,8 +244,8 @@ def copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
 
 
-def die_while_saving(folder: Path, moment: int) -> None:
-    """Train to step 8 and die at the `moment`-th flush, rename or removal of its save."""
+def die_while_saving(folder: Path, moment: int, run: Run | None = None, until: int = 8) -> None:
+    """Train to step `until` and die at the `moment`-th flush, rename or removal of its saves."""
     calls = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,7 +262,7 @@ def die_while_saving(folder: Path, moment: int) -> None:
     checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree)  # type: ignore[attr-defined]
     Path.rename = counted(Path.rename)  # type: ignore[method-assign]
     Path.replace = counted(Path.replace)  # type: ignore[method-assign]
-    go(toy_run(), folder, until=8)
+    go(run or toy_run(), folder, until=until)
 
 
 def test_flipped_byte_takes_the_checkpoint_before_it(uncut: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import tempfile
@@ -93,8 +94,11 @@ def launch(
     return [start(context(), rank, size, store, None, work, arguments) for rank in range(size)]
 
 
-def codes(processes: list[ForkServerProcess], seconds: float = 60.0) -> list[int | None]:
-    """Wait for every rank; return the exit codes. A rank that hangs is an error."""
+def codes(
+    processes: list[ForkServerProcess], seconds: float = 60.0, alive: float = 600.0
+) -> list[int | None]:
+    """Return the exit codes. Once a rank has ended the others get `seconds`; a hang is an error."""
+    multiprocessing.connection.wait([process.sentinel for process in processes], alive)
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.1, end - time.monotonic()))
@@ -102,7 +106,7 @@ def codes(processes: list[ForkServerProcess], seconds: float = 60.0) -> list[int
     for process in processes:
         process.kill()
         process.join()
-    assert not hanging, f"ranks {hanging} still ran after {seconds} s"
+    assert not hanging, f"ranks {hanging} still ran {seconds} s after another had ended"
     return [process.exitcode for process in processes]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -87,47 +88,109 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill_often(folder: Path, kills: int, seed: int) -> int:
-    """Kill a random rank at random moments until the run ends; return how many kills hit."""
+def kill_often(folder: Path, kills: int, seed: int, steps: int) -> int:
+    """Kill a random rank `kills` times at random moments, then go on to the end; count the hits."""
     source = random.Random(seed)
+    changes = {"steps": steps, "save_every": 1}
     hits = 0
-    for _ in range(4 * kills):
-        processes = ranks.launch(2, folder, train_part, folder, TP2, 6, {"save_every": 1})
-        wait_for_progress(folder, processes[0])
-        time.sleep(source.uniform(0.0, 1.5))
+    for _ in range(kills):
+        processes = ranks.launch(2, folder, train_part, folder, TP2, steps, changes)
+        wait_for_progress(folder, processes[0], source.randrange(2))
+        time.sleep(source.uniform(0.0, 0.3))
         victim = processes[source.randrange(2)]
         if victim.pid is not None and victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)
-        found = ranks.codes(processes)
-        hits += -signal.SIGKILL in found
-        if found == [0, 0]:
-            break
-        if hits >= kills:
-            break
-    ranks.run(2, train_part, folder, TP2, 6, {"save_every": 1})
+        hits += -signal.SIGKILL in ranks.codes(processes)
+    ranks.run(2, train_part, folder, TP2, steps, changes)
     return hits
 
 
-def wait_for_progress(folder: Path, process: Any) -> None:
-    """Wait until this attempt has opened its log (models are built, training begins)."""
+def wait_for_progress(folder: Path, process: Any, steps: int = 0) -> None:
+    """Wait until this attempt has opened its log and done some steps."""
     log = folder / "log.jsonl"
     before = log.stat().st_ino if log.exists() else None
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
+    least: int | None = None
     while process.is_alive() and time.monotonic() < end:
         if log.exists() and log.stat().st_ino != before:
-            return
+            found = log.read_bytes().count(b"\n")
+            least = found + steps if least is None else least
+            if found >= least:
+                return
         time.sleep(0.02)
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(uncut: Path, tmp_path: Path) -> None:
-    assert kill_often(tmp_path, 2, 1) >= 1
+    assert kill_often(tmp_path, 2, 1, 6) >= 1
     assert curve(tmp_path) == curve(uncut)
+
+
+LONG = 40  # steps that outlast all the kills
+
+
+@pytest.fixture(scope="module")
+def uncut_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    ranks.run(2, train_part, folder, TP2, LONG, {"steps": LONG, "save_every": LONG})
+    return folder
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(uncut: Path, tmp_path: Path) -> None:
-    assert kill_often(tmp_path, 10, 2) >= 5
-    assert curve(tmp_path) == curve(uncut)
+def test_ten_kills_of_a_random_rank_change_nothing(uncut_long: Path, tmp_path: Path) -> None:
+    assert kill_often(tmp_path, 10, 2, LONG) == 10
+    assert curve(tmp_path, LONG) == curve(uncut_long, LONG)
+
+
+def die_in_save(rank: int, folder: Path, victim: int, moment: int, changes: dict[str, Any]) -> None:
+    """Train; the victim dies at the `moment`-th flush, rename or removal after its first save."""
+    if rank == victim:
+        arm(moment)
+    train_part(rank, folder, TP2, LONG, changes)
+
+
+def arm(moment: int) -> None:
+    from parallel.checkpoint import CheckpointFolder
+
+    left = moment
+    saving = False
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= saving
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(owner, name, call)
+
+    begin = CheckpointFolder.begin
+
+    def began(*arguments: Any) -> Path:
+        nonlocal saving
+        saving = True
+        return begin(*arguments)
+
+    CheckpointFolder.begin = began  # type: ignore[method-assign]
+    for owner, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace")):
+        counted(owner, name)
+
+
+@pytest.mark.slow
+def test_twenty_kills_during_a_save_lose_nothing(uncut_long: Path, tmp_path: Path) -> None:
+    """Every other attempt saves in the background."""
+    source = random.Random(3)
+    for attempt in range(20):
+        victim = source.randrange(2)
+        moment = source.randint(1, (24, 3)[victim])  # about a save and a half of either rank
+        changes = {"steps": LONG, "save_every": 1, "async_save": bool(attempt % 2)}
+        processes = ranks.launch(2, tmp_path, die_in_save, tmp_path, victim, moment, changes)
+        found = ranks.codes(processes)
+        assert found[victim] == -signal.SIGKILL, f"attempt {attempt} at moment {moment}: {found}"
+    ranks.run(2, train_part, tmp_path, TP2, LONG, {"steps": LONG, "save_every": 1})
+    assert curve(tmp_path, LONG) == curve(uncut_long, LONG)
 
 
 def test_sigterm_to_one_rank_stops_all_after_the_step(uncut: Path, tmp_path: Path) -> None:

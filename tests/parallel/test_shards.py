@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +125,68 @@ def test_rates_of_each_part_survive_a_resume(cut: Path, uncut: Path, tmp_path: P
 
 
 def test_one_flipped_byte_in_any_file_is_refused_by_name(cut: Path, tmp_path: Path) -> None:
-    from parallel.checkpoint import CheckpointCorrupt, verify_manifest
+    """And the checkpoint before it is taken."""
+    from parallel.checkpoint import CheckpointFolder
 
     source = cut / "checkpoints" / f"step-{CUT}"
     files = [p for p in source.rglob("*") if p.is_file() and p.stat().st_size]
     assert len(files) >= 5
-    for number, path in enumerate(files):
-        copy = tmp_path / str(number)
-        shutil.copytree(source, copy)
-        victim = copy / path.relative_to(source)
+    folder = CheckpointFolder(tmp_path)
+    shutil.copytree(source, folder.path(CUT - 1))
+    for path in files:
+        shutil.copytree(source, folder.path(CUT), dirs_exist_ok=True)
+        victim = folder.path(CUT) / path.relative_to(source)
         data = bytearray(victim.read_bytes())
         data[len(data) // 2] ^= 4
         victim.write_bytes(data)
-        with pytest.raises(CheckpointCorrupt, match=victim.name.replace(".", r"\.")):
-            verify_manifest(copy)
+        said: list[str] = []
+        assert folder.load(lambda found: found, said.append) == (CUT - 1, folder.path(CUT - 1))
+        assert str(victim) in said[0] or victim.name in said[0]
+
+
+def save_in_background(rank: int, folder: Path, fails: int | None) -> str:
+    """Train four steps, saving after two; a rank's files are written late, or not at all."""
+    from parallel import shards
+    from parallel.checkpoint import CheckpointError
+
+    original = shards._writer
+
+    def writer(request: Any, copy: bool) -> Callable[[], None]:
+        write = original(request, copy)
+
+        def late() -> None:
+            time.sleep(0.5)  # steps go on meanwhile and change every parameter
+            if rank == fails:
+                raise OSError(errno.ENOSPC, "No space left on device", "here")
+            write()
+
+        return late
+
+    shards._writer = writer
+    changes = {"steps": 4, "save_every": 2, "async_save": True}
+    try:
+        train_part(rank, folder, ParallelConfig(tp=2), 4, changes)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_shards_written_in_the_background_equal_those_written_at_once(tmp_path: Path) -> None:
+    once, late = tmp_path / "once", tmp_path / "late"
+    go(2, once, ParallelConfig(tp=2), 4, steps=4, save_every=2)
+    assert ranks.run(2, save_in_background, late, None) == ["", ""]
+    assert curve(late, 4) == curve(once, 4)
+    for step in (2, 4):
+        mine, theirs = (f / "checkpoints" / f"step-{step}" / "shards" for f in (late, once))
+        names = sorted(p.name for p in theirs.iterdir())
+        assert names == sorted(p.name for p in mine.iterdir())
+        assert len([name for name in names if name.endswith(".distcp")]) == 4
+        for name in names:  # .metadata holds a random id
+            assert name == ".metadata" or (mine / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_one_rank_that_cannot_write_in_the_background_stops_all(tmp_path: Path) -> None:
+    first, second = ranks.run(2, save_in_background, tmp_path, 1)
+    assert first == "another process could not save its share; see its log"
+    assert second.startswith("no room to save step 2")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
