@@ -242,8 +242,10 @@ class Operator:
         return onnx.parser.parse_function(text)
 
 
-def _node(name: str, *inputs: Any, **attributes: Any) -> Any:
-    return getattr(Opset(DOMAIN, 1), name)(*inputs, **attributes, **PLUGIN)
+def _node(name: str, *inputs: Any, aot: bool = True, **attributes: Any) -> Any:
+    """Emit a node; `aot`: its plugin may be the one compiled ahead of time (`plugins.py`)."""
+    node = getattr(Opset(DOMAIN, 1), name)
+    return node(*inputs, **attributes, **{**PLUGIN, "aot": int(aot)})
 
 
 def _pair(values: Sequence[Any]) -> Any:
@@ -276,6 +278,7 @@ def _mask_attention(
         value_vectors,
         _pair(query_grid),
         _pair(extent),
+        aot=mask.shape is None or mask.shape[1] == 1,  # its kernel is for one channel
         rope=[int(rope)],
         theta=[float(theta)],
     )
@@ -285,7 +288,7 @@ def _gated_cross_attention(*arguments: Any) -> Any:
     *tensors, num_heads, padding_mask = arguments
     if padding_mask is not None:
         raise ValueError("a call without padding_mask expected: the exported operator has none")
-    return _node("focus_gated_cross_attention", *tensors, num_heads=[int(num_heads)])
+    return _node("focus_gated_cross_attention", *tensors, aot=False, num_heads=[int(num_heads)])
 
 
 def _codebook_lookup(x: Any, codes: Any) -> Any:

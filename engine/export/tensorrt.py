@@ -2,8 +2,8 @@
 
 Not run here: TensorRT builds plans on the GPU that will run them. The code stays thin, and
 `tests/engine/export/test_tensorrt.py` compares every member it uses (`MEMBERS`) with the real
-Python bindings where they can be imported. Our operators become plugins where the process has
-registered them under the namespace "focus"; otherwise TensorRT parses their bodies.
+Python bindings where they can be imported. Our operators become plugins (`plugins.py`); without
+them TensorRT parses their bodies.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+from torch import nn
 
 from engine.export.errors import BackendUnavailable, ExportError
 from engine.export.part import Part
 from engine.export.support import restrictions
-from focus.api import Focus
 
 PLAN = ".plan"
 TIMINGS = "timings.cache"
@@ -77,14 +77,14 @@ def require() -> None:
         raise BackendUnavailable("TensorRT builds plans on the GPU that runs them: no GPU found")
 
 
-def export_part(part: Part, focus: Focus, folder: Path, precision: str) -> list[str]:
+def export_part(part: Part, owner: nn.Module, folder: Path, precision: str) -> list[str]:
     """Write a part's ONNX graph if it is not there, and build its plan; return their files."""
     from engine.export import onnx as graphs
 
     path = folder / f"{part.name}.onnx"
     files = [path.name]
     if not path.is_file():
-        files = graphs.export_part(part, focus, folder, precision)
+        files = graphs.export_part(part, owner, folder, precision)
     refuse_restrictions(path)
     plan = folder / f"{part.name}{PLAN}"
     build_plan(part, path, plan, timings=folder / TIMINGS)
@@ -108,7 +108,10 @@ def build_plan(part: Part, graph: Path, plan: Path, *, timings: Path, strip: boo
     and GPU, so its name carries both. strip: leave the weights out (refit before the first use).
     Raises `ExportError` with the parser's or builder's reason.
     """
+    from engine.export import plugins
+
     trt = library()
+    plugins.ensure(trt)
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(0)  # strongly typed: the graph's own types, since 11.0

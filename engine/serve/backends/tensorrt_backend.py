@@ -98,9 +98,11 @@ class TensorRTBackend:
 
     def open(self, bundle: Bundle, part: BundlePart) -> Executable:
         """Read a plan."""
+        from engine.export import plugins
         from engine.export.tensorrt import library
 
         trt = library()
+        plugins.ensure(trt)  # those in Python run here; those ahead of time lie in the plan
         path = bundle.file(part.name, "tensorrt")
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
