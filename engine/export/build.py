@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +20,10 @@ from engine.export.bundle import (
 )
 from engine.export.errors import BackendUnavailable, ExportError
 from engine.export.part import Part
-from engine.export.parts import list_parts
-from focus.api import Focus
+from engine.export.parts import list_parts, part_names
+from focus.config import FocusConfig
 from focus.folder import fresh_folder
+from focus.model import FocusModel
 from focus.vocabulary import Vocabulary
 
 BACKENDS = ("onnx", "aoti", "tensorrt")
@@ -29,8 +31,27 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 Say = Callable[[str], None]
 
 
+class Source(Protocol):
+    """What can be exported: a `Focus`, or an `Untrained` model whose weights lie on disk."""
+
+    @property
+    def config(self) -> FocusConfig:
+        """Sizes."""
+
+    @property
+    def model(self) -> FocusModel:
+        """The model; asked for after `save_pretrained`."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Ids of texts and codes."""
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model folder."""
+
+
 def export_bundle(
-    focus: Focus,
+    focus: Source,
     out: str | Path,
     *,
     backends: Sequence[str] = ("onnx",),
@@ -51,17 +72,18 @@ def export_bundle(
     """
     out = Path(out)
     _check(out, backends, precision)
-    parts = _chosen(list_parts(focus.model), only)
+    chosen_names(part_names(focus.config), only)
     with fresh_folder(out) as temporary:
         dtype = PRECISIONS[precision]
         focus.save_pretrained(temporary, dtype=None if precision == "fp32" else dtype)
-        described = {}
-        for part in parts:
+        model, described = focus.model, {}
+        for part in chosen(list_parts(model), only):
             files = {
-                backend: _exporter(backend)(part, focus, temporary, precision)
+                backend: _exporter(backend)(part, model, temporary, precision)
                 for backend in backends
             }
             described[part.name] = describe_part(part, dtype, files)
+            gc.collect()  # graphs hold their constants in cycles
             say(f"{part.name}: {', '.join(f'{b} {files[b][0]}' for b in backends)}")
         write_manifest(
             temporary, focus, described, backends=backends, precision=precision, source=source
@@ -71,7 +93,7 @@ def export_bundle(
 
 def write_manifest(
     folder: Path,
-    focus: Focus,
+    focus: Source,
     parts: Mapping[str, Any],
     *,
     backends: Sequence[str],
@@ -125,15 +147,21 @@ def _check(out: Path, backends: Sequence[str], precision: str) -> None:
         _exporter(name)
 
 
-def _chosen(parts: list[Part], only: Sequence[str] | None) -> list[Part]:
-    names = [part.name for part in parts]
+def chosen(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
+    """Return the parts of these names (None: all); raises `ExportError` for an unknown name."""
+    names = chosen_names([part.name for part in parts], only)
+    return [part for part in parts if part.name in names]
+
+
+def chosen_names(names: Sequence[str], only: Sequence[str] | None) -> list[str]:
+    """Return the names to take (None: all); raises `ExportError` for an unknown one."""
     unknown = sorted(set(only or ()) - set(names))
     if unknown:
         raise ExportError(f"parts of {', '.join(names)} expected, got {', '.join(unknown)}")
-    return [part for part in parts if only is None or part.name in only]
+    return [name for name in names if only is None or name in only]
 
 
-def _exporter(backend: str) -> Callable[[Part, Focus, Path, str], list[str]]:
+def _exporter(backend: str) -> Callable[[Part, FocusModel, Path, str], list[str]]:
     """Return what writes one part for a backend and names its files, the one to load first."""
     if backend == "aoti":
         return _export_aoti
@@ -151,10 +179,10 @@ def _exporter(backend: str) -> Callable[[Part, Focus, Path, str], list[str]]:
     return onnx.export_part
 
 
-def _export_aoti(part: Part, focus: Focus, folder: Path, precision: str) -> list[str]:
+def _export_aoti(part: Part, model: FocusModel, folder: Path, precision: str) -> list[str]:
     from engine.export import aoti
 
-    del focus
+    del model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = folder / f"{part.name}.pt2"
     return [aoti.compile_part(part, path, dtype=PRECISIONS[precision], device=device).name]

@@ -88,7 +88,6 @@ def check_nodes(model: ModelProto, name: str) -> dict[str, int]:
     refused = sorted(foreign) + restrictions(model)
     if refused:
         raise ExportError(
-            f"{name}: operators that TensorRT's parser documents expected, got "
-            f"{', '.join(refused)}"
+            f"{name}: operators that TensorRT's parser documents expected, got {', '.join(refused)}"
         )
     return counts

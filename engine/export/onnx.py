@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common
 import torch
+from onnxscript import optimizer
 from torch import Tensor, nn
 
 from engine.export.errors import ExportError
@@ -20,7 +22,6 @@ from engine.export.graph_check import check_nodes
 from engine.export.operators import DOMAIN, OPERATORS, translation_table
 from engine.export.part import Part
 from engine.export.shelf import References, Stored, read_shelf
-from focus.api import Focus
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRACE = {"batch": 2, "length": 3, "slots": 9, "candidates": 3}  # small, and no two alike
@@ -28,13 +29,12 @@ EXACT = ("codebook",)  # buffers that stay fp32: a rounded codebook would give o
 
 
 def in_precision(part: Part, dtype: torch.dtype) -> Part:
-    """Return the part with floating parameters and buffers in `dtype` (a copy, unless fp32)."""
-    if dtype == torch.float32:
-        return part
-    module = copy.deepcopy(part.module)
+    """Return the part with floating parameters and buffers in `dtype`; what fits is shared."""
+    held = {id(t): t for t in (*part.module.parameters(), *part.module.buffers())}
+    module = copy.deepcopy(part.module, dict(held))  # the structure alone is copied
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
                 setattr(owner, name, nn.Parameter(parameter.detach().to(dtype), False))
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in EXACT:
@@ -54,7 +54,7 @@ def trace_sizes(part: Part) -> dict[str, int]:
 def to_graph(part: Part, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> ir.Model:
     """Export a part (already `in_precision`) to an ONNX graph with its initializers in memory.
 
-    weights=False leaves constants unfolded, which is what a model of fake tensors needs.
+    weights=False folds nothing that weights enter: they may be memory that nobody has filled.
     Raises `ExportError` with the exporter's reason.
     """
     table = translation_table()
@@ -78,9 +78,22 @@ def to_graph(part: Part, dtype: torch.dtype = torch.float32, *, weights: bool = 
             raise ExportError(f"{part.name}: the exporter refused: {reason}") from error
     assert program is not None
     model: ir.Model = program.model
+    if not weights:
+        fold_without(model, {name for name, _ in part.module.named_parameters()})
     add_functions(model, part.opset)
     check_dims(part, model)
     return model
+
+
+def fold_without(model: ir.Model, weights: Collection[str]) -> None:
+    """Fold constants and sequences of a graph, except where a weight enters."""
+    optimizer.fold_constants_ir(
+        model,
+        should_fold=lambda node: (
+            False if any(v is not None and v.name in weights for v in node.inputs) else None
+        ),
+    )
+    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
 def add_functions(model: ir.Model, opset: int) -> None:
@@ -179,9 +192,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def export_part(part: Part, focus: Focus, folder: Path, precision: str) -> list[str]:
-    """Write one part of a bundle that already holds the weights; return its files."""
-    names = shelf_names(part, focus.model)
+def export_part(part: Part, owner: nn.Module, folder: Path, precision: str) -> list[str]:
+    """Write one part of a bundle that already holds the owner's weights; return its files."""
+    names = shelf_names(part, owner)
     shelf = read_shelf(sorted(folder.glob("model*.safetensors")))
     dtype = PRECISIONS[precision]
     lowered = in_precision(part, dtype)

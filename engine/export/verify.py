@@ -13,9 +13,10 @@ from torch import Tensor
 from engine.export.bundle import Bundle, BundlePart
 from engine.export.errors import BundleError, ExportError
 from engine.export.graph_check import check_external_data, check_nodes
+from engine.export.mapped import map_model
+from engine.export.onnx import in_precision
 from engine.export.part import Part
 from engine.export.parts import list_parts
-from focus import Focus
 
 LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-2}  # largest error over the largest value
 CHEAP = {"length": 24, "slots": 64, "candidates": 4}  # sizes that prove as much as the optimum
@@ -49,8 +50,8 @@ def verify(
     """Check a bundle whole: hashes, ONNX checker, dims, operators, and parity at three sizes.
 
     Every part of every backend that the bundle holds runs on the same inputs as the eager model
-    read from the bundle's weights. backends: which of them (default: those of the manifest that can
-    run here).
+    over the bundle's mapped weights; memory is that of the largest part. backends: which of them
+    (default: those of the manifest that can run here).
 
     Raises:
         BundleError, ExportError: files or graphs that are not what the manifest says.
@@ -61,16 +62,17 @@ def verify(
     bundle = Bundle.open(folder, whole=True)
     check_graphs(bundle)
     asked = backends or [b for b in bundle.manifest["backends"] if b != "tensorrt"]
-    runs = {name: load(bundle, name).run for name in asked}
-    model = Focus.from_pretrained(bundle.folder).model
+    runtimes = {name: load(bundle, name) for name in asked}
     found = []
-    for part in list_parts(model):
+    for part in list_parts(map_model(bundle.folder)):
         if part.name not in bundle.parts or (only and part.name not in only):
             continue
-        for name, run in runs.items():
-            for check in compare(part, run, name, bundle.precision):
+        reference = in_precision(part, torch.float32)
+        for name, runtime in runtimes.items():
+            for check in compare(reference, runtime.run, name, bundle.precision):
                 found.append(check)
                 say(check)
+            runtime.close(part.name)
     return found
 
 
@@ -122,7 +124,10 @@ def test_sizes(part: Part) -> Iterator[dict[str, int]]:
     yield {**cheap, **{d.name: d.min for d in part.dims if d.name in ("batch", "candidates")}}
     yield {**cheap, **{d.name: min(2, d.max) for d in part.dims if d.name == "batch"}}
     odd = {"batch": 3, "length": 7, "slots": 33, "candidates": 5}
-    grids = {d.name: d.min + (d.max - d.min) // 3 for d in part.dims if d.name not in odd}
+    moving = [d for d in part.dims if d.name not in odd]
+    grids = {d.name: min(d.min + 1 + number, d.max) for number, d in enumerate(moving)}
+    if any(d.min != d.max for d in moving):
+        odd["batch"] = 1  # these are the large pictures
     named = {d.name: min(max(odd[d.name], d.min), d.max) for d in part.dims if d.name in odd}
     yield {**grids, **named}
 

@@ -90,6 +90,11 @@ class Runtime:
             for name, value in found.items()
         }
 
+    def close(self, part: str) -> None:
+        """Forget a part that was loaded; the next call loads it again."""
+        with self._lock:
+            self._open.pop(part, None)
+
     def _executable(self, part: BundlePart) -> Executable:
         with self._lock:
             if part.name not in self._open:
