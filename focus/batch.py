@@ -66,6 +66,7 @@ class Batch:
     region_vectors: Tensor | None = None  # [B, R, D] ready vectors instead of points (video)
     masks: Tensor | None = None  # [B, N, H, W] bool, in the frame of pictures.hierarchical
     mask_labels: Tensor | None = None  # [B, N] int64 candidate number of each mask, -1 padding
+    mask_objects: Tensor | None = None  # [B, N] int64 object of each mask, one number in all frames
     num_conditions: Tensor | None = None  # [B]
     target: Pictures | None = None  # picture to generate: vanilla and hierarchical give its codes
     edit_mask: Tensor | None = None  # [B, H, W] bool, region that the edit changes

@@ -146,6 +146,23 @@ def _mask_fields(records: Sequence[Sample], size: tuple[int, int]) -> dict[str, 
             masks[row, number] = fit_mask(mask, size)
             labels[row, number] = label
     fields = {"masks": torch.from_numpy(masks), "mask_labels": torch.from_numpy(labels)}
+    objects = _objects(records, most)
+    if objects is not None:
+        fields["mask_objects"] = objects
     if records[0].task == "editing":
         fields["edit_mask"] = fields["masks"][:, 0]
     return fields
+
+
+def _objects(records: Sequence[Sample], most: int) -> Tensor | None:
+    """Object numbers [B, N], the same in all frames of a clip, -1 padding; None without clips."""
+    told = [tuple(getattr(record, "objects", ())) for record in records]
+    if not any(told):
+        return None
+    numbers: dict[tuple[str, int], int] = {}
+    found = np.full((len(records), most), -1, np.int64)
+    for row, (record, objects) in enumerate(zip(records, told, strict=True)):
+        for column, own in enumerate(objects):
+            key = (str(getattr(record, "id", row)), int(own))
+            found[row, column] = numbers.setdefault(key, len(numbers))
+    return torch.from_numpy(found)

@@ -142,8 +142,9 @@ class Feed:
         name = (task, size, spare, short)
         if name not in self._loaders:
             mixture = self.mixture(*name)
+            pairs = float(self.run.extra.get("track_weight", 0.0)) > 0
             self._loaders[name] = Loader(
-                mixture, decoder_of(self.run), self.settings, self.listener
+                mixture, decoder_of(self.run), self.settings, self.listener, pairs=pairs
             )
         self._loaders[name].decoder = decoder_of(self.run)
         return self._loaders[name]

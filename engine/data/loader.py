@@ -8,7 +8,6 @@ the order of all others stays what it was.
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.data.codes import CodeReader, SampleCodes
+from engine.data.compose import make_record, read_layers, still, turns_of
 from engine.data.guard import BadSample, check_picture
-from engine.data.layers import encode_map, from_cells, to_cells
 from engine.data.manifest import Dataset, Tally
 from engine.data.mixture import Part, Pick
-from engine.data.pil import Copies, Decoder, Levels, Work
+from engine.data.pil import Copies, Decoder, Work
 from engine.data.records import Record
-from engine.data.rle import decode_rle
 from engine.data.schema import Encoded
 from engine.data.views import (
     NO_AUGMENT,
@@ -109,7 +107,10 @@ class _Draft:
 
 
 class Loader:
-    """Reads the micro-batches of a mixture for one rank."""
+    """Reads the micro-batches of a mixture for one rank.
+
+    pairs: a clip gives two different frames in a row, instead of one.
+    """
 
     def __init__(
         self,
@@ -117,11 +118,14 @@ class Loader:
         decoder: Decoder,
         settings: Settings | None = None,
         tally: Tally | None = None,
+        *,
+        pairs: bool = False,
     ) -> None:
         self.mixture = mixture
         self.decoder = decoder
         self.settings = settings or Settings()
         self.tally = tally or Tally()
+        self.pairs = pairs
         self._codes: dict[str, CodeReader] = {}
 
     def load(self, pick: Pick) -> Loaded:
@@ -135,7 +139,7 @@ class Loader:
         lost: list[BadSample] = []
         for number in pick.slot.numbers.tolist():
             try:
-                drafts.append(self._draft(folder, number, pick, works))
+                drafts += self._drafts(folder, number, pick, works)
             except BadSample as error:
                 lost.append(error)
         done = self.decoder.decode(works)
@@ -162,7 +166,8 @@ class Loader:
             lost=len(lost),
         )
 
-    def _draft(self, folder: str, number: int, pick: Pick, works: list[Work]) -> _Draft:
+    def _drafts(self, folder: str, number: int, pick: Pick, works: list[Work]) -> list[_Draft]:
+        """One sample as one draft, a clip as its frames."""
         dataset = self.mixture.datasets[folder]
         encoded = dataset.read(number)
         codes = None
@@ -175,18 +180,27 @@ class Loader:
         try:
             wordings = [str(says.get("text", "")), *map(str, says.get("texts", ()))]
             texts = wordings[int(rng.integers(len(wordings)))], str(says.get("answer", ""))
-            draft = _Draft(encoded, texts, turns=_turns(encoded))
+            turns = turns_of(encoded)
             if says["task"] == "text":
-                return draft
+                return [_Draft(encoded, texts, turns=turns)]
+            shown = [encoded]
             if says["task"] == "video":
-                draft.encoded = still(encoded, int(rng.integers(int(says["frames"]))))
-            draft.codes = codes
-            return self._plan(draft, pick, int(rng.integers(1 << 62)), works)
+                shown = [still(encoded, frame) for frame in self._frames(says, rng)]
+            seed = int(rng.integers(1 << 62))
+            drafts = [_Draft(one, texts, turns=turns, codes=codes) for one in shown]
+            return [self._plan(draft, pick, seed, works) for draft in drafts]
         except BadSample as error:
             raise error.named(encoded.key) from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             told = f"{type(error).__name__}: {error}"
             raise BadSample("bad_schema", told, encoded.key) from error
+
+    def _frames(self, says: Mapping[str, Any], rng: np.random.Generator) -> list[int]:
+        """Which frames of a clip are shown: one, or two different ones."""
+        count = int(says["frames"])
+        if self.pairs and count > 1:
+            return [int(frame) for frame in rng.choice(count, 2, replace=False)]
+        return [int(rng.integers(count))]
 
     def _plan(self, draft: _Draft, pick: Pick, seed: int, works: list[Work]) -> _Draft:
         encoded, settings = draft.encoded, self.settings
@@ -291,113 +305,3 @@ def _pick(done: Sequence[Copies | BadSample], number: int) -> Copies | None:
     if isinstance(found, BadSample):
         raise found
     return found
-
-
-def _turns(encoded: Encoded) -> tuple[tuple[str, str], ...]:
-    return tuple((str(role), str(text)) for role, text in encoded.says.get("turns", ()))
-
-
-def pair_turns(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """The (question, answer) pairs of a dialogue; what the system says is left out.
-
-    A last question without an answer keeps an empty one when it is the only one.
-    """
-    pairs: list[tuple[str, str]] = []
-    asked: list[str] = []
-    for role, said in turns:
-        if role == "assistant":
-            pairs.append(("\n".join(asked), said))
-            asked = []
-        elif role != "system":
-            asked.append(said)
-    if asked and not pairs:
-        pairs.append(("\n".join(asked), ""))
-    return tuple(pairs)
-
-
-def read_layers(
-    encoded: Encoded, size: tuple[int, int]
-) -> tuple[bytes | None, list[tuple[int, ...]]]:
-    """The map of a sample and the cells of its masks, then its regions; RLEs become a map."""
-    told = [*encoded.says.get("masks", ()), *encoded.says.get("regions", ())]
-    if not told:
-        return None, []
-    if any("rle" in one for one in told):
-        found, cells = to_cells([decode_rle(one["rle"]) for one in told], size)
-        return encode_map(found), list(cells)
-    data = encoded.members.get("map.png")
-    if data is None:
-        raise BadSample("missing_member", "the index map")
-    return data, [tuple(int(cell) for cell in one["cells"]) for one in told]
-
-
-def still(encoded: Encoded, frame: int) -> Encoded:
-    """One frame of a clip as a sample: referring to its track, or its objects by class."""
-    says = encoded.says
-    name = f"f{frame:04d}"
-    ending = next(e for e in ("jpg", "png", "webp") if f"{name}.{e}" in encoded.members)
-    members = {ending: encoded.members[f"{name}.{ending}"]}
-    present = [(n, track[frame]) for n, track in enumerate(says["tracks"]) if track[frame]]
-    if present:
-        data = encoded.members.get(f"{name}.map.png")
-        if data is None:
-            raise BadSample("missing_member", f"the map of frame {frame}")
-        members["map.png"] = data
-    new: dict[str, Any] = {**says, "masks": [{"cells": cells} for _, cells in present]}
-    if says.get("text"):
-        reasons = says.get("kind") == "reasoning"
-        new |= {"task": "reasoning" if reasons else "referring", "labels": [0] * len(present)}
-    elif says.get("classes"):
-        names = list(dict.fromkeys(says["classes"]))
-        labels = [names.index(says["classes"][n]) for n, _ in present]
-        new |= {"task": "class", "classes": names, "labels": labels}
-    else:
-        new |= {"task": "interactive", "labels": list(range(len(present)))}
-        new |= {"regions": new["masks"], "region_kinds": ["mask"] * len(present)}
-        if not present:
-            raise BadSample("bad_schema", f"no object in frame {frame}")
-    return Encoded(key=encoded.key, says=json.loads(json.dumps(new)), members=members)
-
-
-def make_record(
-    encoded: Encoded,
-    texts: tuple[str, str],
-    turns: Sequence[tuple[str, str]],
-    picture: Copies | None,
-    target: Copies | None,
-    cells: Sequence[Sequence[int]],
-) -> Record:
-    """A record in the frame. Masks that the crop cut away leave their sample with their labels.
-
-    A dialogue gives its first pair as text and answer, the others as turns.
-
-    Raises: BadSample when a prompt region was cut away.
-    """
-    says = encoded.says
-    levels: Levels | None = picture.map if picture is not None else None
-    masks = from_cells(levels, cells) if levels is not None else ()
-    count = len(says.get("masks", ()))
-    labels = [int(label) for label in says.get("labels", ())]
-    regions = masks[count:]
-    if any(not region.any() for region in regions):
-        raise BadSample("bad_mask", "a region lies outside the crop")
-    kept = [(mask, label) for mask, label in zip(masks[:count], labels, strict=True) if mask.any()]
-    text, answer = texts
-    pairs = pair_turns(turns)
-    if not text and pairs:
-        text, answer = pairs[0]
-    return Record(
-        id=encoded.key,
-        task=says["task"],
-        text=text,
-        answer=answer,
-        classes=tuple(map(str, says.get("classes", ()))),
-        image=None if picture is None else picture.frame,
-        masks=tuple(mask for mask, _ in kept),
-        labels=tuple(label for _, label in kept),
-        regions=tuple(regions),
-        region_kinds=tuple(says.get("region_kinds", ())),
-        target=None if target is None else target.frame,
-        turns=pairs[1:],
-        kind=str(says.get("kind", "")),
-    )

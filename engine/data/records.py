@@ -54,6 +54,8 @@ class Record:
         changes.
     regions, region_kinds: prompt regions as binary masks and how the user gave each.
     target: the picture to produce (generation, editing).
+    objects: for a frame of a clip, the number of each mask's object, the same in all frames; frames
+        of one clip share their id. Empty otherwise.
     turns: further (question, answer) pairs of a dialogue that begins with text and answer.
     """
 
@@ -65,6 +67,7 @@ class Record:
     image: Image | None = None
     masks: tuple[Mask, ...] = ()
     labels: tuple[int, ...] = ()
+    objects: tuple[int, ...] = ()
     regions: tuple[Mask, ...] = ()
     region_kinds: tuple[RegionKind, ...] = ()
     target: Image | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 
 from engine.data.cache import open_cache
+from engine.data.clips import VIDEO, draw_pairs
 from engine.data.feed import CACHE, decoder_of, open_feed
 from engine.data.records import Record, Task
 from engine.data.scenes import sample
@@ -28,12 +29,15 @@ def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
 
     The data seed is `extra["data_seed"]`, by default the run's own. From a folder of shards the
     records come in the order of a mixture, broken ones missing; the built-in world's are the same
-    whether they are read or drawn.
+    whether they are read or drawn. Task "video" gives two frames of each of `micro.size` clips,
+    always drawn anew where they are the built-in world's.
     Raises: DataError when the shards hold nothing readable.
     """
     feed = open_feed(run)
     if feed is not None:
         return feed.records(run, step, micro)
+    if micro.task == VIDEO:
+        return draw_pairs(run, step, micro, config_of(run).hierarchical.image_size)
     task = typing.cast(Task, micro.task)
     seed = int(run.extra.get("data_seed", run.seed))
     size = config_of(run).hierarchical.image_size

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.data.clips import VIDEO
 from engine.data.records import Record
 from engine.data.source import config_of, draw_records
 from engine.data.words import tiny_vocabulary
@@ -24,7 +25,7 @@ from focus.inputs import collate
 from focus.losses import expected_code_loss, language_loss
 from focus.model import CONDITION_KINDS, Features, FocusModel
 from focus.prompts import DRAWING, Prompt
-from focus.segment.loss import segmentation_losses
+from focus.segment.loss import segmentation_losses, tracking_loss
 from focus.segment.predictor import Prediction
 from focus.sequence import fill_codes
 from focus.tokenizer.dual import Codes
@@ -47,7 +48,8 @@ class MultimodalStage(Stage):
     `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
     target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), and tasks_per_step: so many
     of the run's micro-batches a step, in turn (default: all of them); pack: length of the trunk's
-    packed rows (0: a row per sequence).
+    packed rows (0: a row per sequence); track_weight: of the object embeddings' contrast between
+    the frames of clips (0: none), which micro-batches of the task "video" show in pairs.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,11 @@ class MultimodalStage(Stage):
             repeats = int(self.run.extra.get("target_repeats", 1))
             found = segmentation_terms(model, done, repeats)
             terms.update({name: weight * value for name, value in found.items()})
-        return {f"{batch.task}/{name}": value for name, value in terms.items()}
+            track = float(self.run.extra.get("track_weight", 0.0))
+            if track and done.batch.mask_objects is not None:
+                terms["track"] = track * tracking_term(model, done)
+        kind = batch.task if batch.mask_objects is None else VIDEO
+        return {f"{kind}/{name}": value for name, value in terms.items()}
 
     def language_terms(self, model: FocusModel, done: Step) -> dict[str, Tensor]:
         """Next-token cross-entropy, words and visual tokens apart, and the expected-code loss.
@@ -224,6 +230,23 @@ def segmentation_terms(model: FocusModel, done: Step, repeats: int = 1) -> dict[
         labels,
         batch.num_conditions,
         kind,
+        num_points=model.config.segment.num_points,
+    )
+
+
+def tracking_term(model: FocusModel, done: Step) -> Tensor:
+    """Return the contrast of object embeddings between frames, see `tracking_loss`."""
+    batch = done.batch
+    assert done.prediction is not None and batch.num_conditions is not None
+    assert batch.masks is not None and batch.mask_labels is not None
+    assert batch.mask_objects is not None
+    return tracking_loss(
+        done.prediction,
+        batch.masks,
+        batch.mask_labels,
+        batch.mask_objects,
+        batch.num_conditions,
+        CONDITION_KINDS[batch.task],
         num_points=model.config.segment.num_points,
     )
 

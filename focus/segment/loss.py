@@ -14,12 +14,14 @@ from focus.segment.matcher import (
     sample_at,
 )
 from focus.segment.predictor import Kind, Prediction, SegmentError
+from focus.segment.tracker import contrastive_loss
 
 # S prediction sets, B batch, Q queries, N targets (padded), M targets (real, of the whole batch),
 # P points, K candidates, h w mask grid, H W picture
 
 OVERSAMPLE = 3.0  # candidates per kept point
 IMPORTANCE = 0.75  # share of points kept for being uncertain
+NEGATIVES = 10  # queries of the other frame, per object, that an embedding must differ from
 
 
 def segmentation_losses(
@@ -78,6 +80,72 @@ def segmentation_losses(
         "bce": weights.bce * bce / count,
         "dice": weights.dice * dice / count,
     }
+
+
+def tracking_loss(
+    prediction: Prediction,
+    masks: Tensor,
+    mask_labels: Tensor,
+    mask_objects: Tensor,
+    num_conditions: Tensor,
+    kind: Kind,
+    *,
+    num_points: int = 12_544,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What makes e_j a track embedding (eq. 5): the contrast of matched queries between frames.
+
+    Rows that share an object are frames of one clip. The query of each of a frame's objects is
+    compared with the queries of the other frame: the same object's attracts, all others' repel, and
+    so do unmatched queries, 10 for each object at most (IDOL, arXiv:2207.10661).
+    mask_objects: [B, N], -1 padding or unknown; the rest as in `segmentation_losses`.
+    Returns a fp32 scalar, the mean over ordered pairs of frames; zero, connected to the graph, when
+    no two frames share an object.
+    """
+    last = [(prediction.masks, prediction.scores)]
+    with torch.autocast(masks.device.type, enabled=False):
+        queries = match(
+            last,
+            masks,
+            mask_labels,
+            num_conditions,
+            kind,
+            num_points=num_points,
+            generator=generator,
+        )[0]
+        embeddings, objects = prediction.embeddings.float(), mask_objects.cpu()
+        found = [(objects[row] >= 0) & (queries[row] >= 0) for row in range(len(objects))]
+        losses = []
+        for key in range(len(objects)):
+            for reference in range(len(objects)):
+                shared = set(objects[key, found[key]].tolist())
+                if key == reference or not shared & set(objects[reference].tolist()):
+                    continue
+                own, other = queries[key, found[key]], queries[reference, found[reference]]
+                others = _with_unmatched(other, embeddings.shape[1], NEGATIVES * len(own))
+                same = torch.zeros(len(own), len(others), dtype=torch.bool)
+                alike = objects[key, found[key]][:, None] == objects[reference, found[reference]]
+                same[:, : len(other)] = alike
+                losses.append(
+                    contrastive_loss(
+                        embeddings[key, own.to(embeddings.device)],
+                        embeddings[reference, others.to(embeddings.device)],
+                        same.to(embeddings.device),
+                    )
+                )
+        if not losses:
+            return embeddings.sum() * 0.0
+        return torch.stack(losses).mean()
+
+
+def _with_unmatched(matched: Tensor, num_queries: int, most: int) -> Tensor:
+    """The matched queries, then others, so many that the repelling ones stay within `most`."""
+    free = torch.ones(num_queries, dtype=torch.bool)
+    free[matched] = False
+    rest = free.nonzero()[:, 0]
+    room = max(0, most - max(0, len(matched) - 1))
+    chosen = rest[torch.randperm(len(rest))[:room]] if len(rest) > room else rest
+    return torch.cat([matched, chosen])
 
 
 def _check_labels(labels: Tensor, num_candidates: int) -> None:
