@@ -44,7 +44,7 @@ def restrictions(model: ModelProto) -> list[str]:
 
 
 def _reasons(node: NodeProto) -> Iterator[str]:
-    values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    values = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name}
     if node.op_type == "Resize":
         if values.get("mode") == b"cubic":
             yield "Resize with mode cubic"
