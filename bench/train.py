@@ -1,13 +1,15 @@
 """A training step: our two engines against plain transformers + DDP, and where the time goes.
 
-    python -m bench train [--stages 2 3 4] [--model focus_tiny] [--size 2] [--json FILE]
+    python -m bench train [--stages 1a 1b 2 3 4] [--model focus_tiny] [--size 2] [--json FILE]
 
 All contenders do the same optimizer step of a stage on the same batches in turns, in one process:
 the whole model with transformers' Qwen2 as its trunk, in DDP with torch's AdamW; our single-device
-engine; the Megatron road at tp = pp = 1. Reported are the median wall time, the least processor
-time, samples and tokens per second, and the parts of one extra step: front, trunk and heads with
-their backward passes, communication, optimizer (all that follows the last backward pass), and data
-(preparing the batches in this process; in training workers do it ahead).
+engine; the Megatron road at tp = pp = 1. Stage 1 (1a the tokenizer, 1b the diffusion decoder) has
+no trunk to exchange or to split: there the peer is the same model in DDP. Reported are the median
+wall time, the least processor time, samples and tokens per second, and the parts of one extra step:
+front, trunk and heads with their backward passes, communication, optimizer (all that follows the
+last backward pass), and data (preparing the batches in this process; in training workers do it
+ahead).
 """
 
 from __future__ import annotations
@@ -25,113 +27,39 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.report import device_name
 from bench.timer import measure
+from bench.train_peer import STAGE_1, PeerStep
 from engine.data.words import TOKENIZER
 from engine.process import seed_everything
 from engine.run import Run, derive_seed
 from engine.runs import find_run
 from engine.sectioned import sectioned
 from engine.stages.stage import Stage, find_stage
-from engine.train import StepDataset, StepWork, build_engine
+from engine.train import StepDataset, StepWork, build_engine, send
 from engine.workload import workload_of
 from focus.batch import Batch
-from focus.config import LLMConfig
 from focus.model import FocusModel
 from focus.presets import CONFIGS
-from parallel.engine import Engine, sum_terms
+from parallel.engine import Engine
 from parallel.layout import ParallelConfig
 from parallel.mesh import Mesh, open_mesh
-from parallel.optimizer import freeze
 
 PEER, PLAIN, MEGATRON = "transformers + DDP", "focus, one device", "focus, megatron tp1"
 GOAL = 1.1
+# The runs of each stage; the larger models' have phases, of which the first is taken.
+STAGES = {
+    "1a": ("stage1_tokenizer", "_256"),
+    "1b": ("stage1_diffusion", "_512"),
+    "2": ("stage2", ""),
+    "3": ("stage3", "_256"),
+    "4": ("stage4", ""),
+}
 # What runs after a call of these, until something else is called.
 FOLLOWS = {"forward": "heads", "states": "heads", "backward": "optimizer"}
 PARTS = ("front", "trunk", "heads", "communication", "optimizer", "data")
-
-
-class TransformersTrunk(nn.Module):
-    """transformers' Qwen2 with the interface and the weights of our trunk."""
-
-    def __init__(self, config: LLMConfig, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        from transformers import Qwen2Config, Qwen2Model
-
-        self.inner = Qwen2Model(
-            Qwen2Config(
-                vocab_size=1,
-                hidden_size=config.dim,
-                intermediate_size=config.ffn_dim,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=config.max_length,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                attn_implementation="sdpa",
-            )
-        )
-        del self.inner.embed_tokens
-        self.inner.load_state_dict(weights, strict=True)
-
-    def forward(self, embeddings: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Return the final-normed hidden states [B, T, D]."""
-        states: Tensor = self.inner(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        return states
-
-
-class Losses(nn.Module):
-    """What DDP wraps: a batch in, the sum of the stage's terms out."""
-
-    def __init__(self, model: nn.Module, work: StepWork) -> None:
-        super().__init__()
-        self.model = model
-        self.work = [work]  # in a list: it is no module
-
-    def forward(self, batch: Any) -> Tensor:
-        """Return the micro-batch's loss."""
-        return sum_terms(self.work[0].losses(self.model, batch))
-
-
-class PeerStep:
-    """One optimizer step as a script of transformers and DDP would write it."""
-
-    def __init__(self, run: Run, model: FocusModel, mesh: Mesh) -> None:
-        trunk: Any = TransformersTrunk(model.config.llm, model.trunk.state_dict())
-        model.trunk = trunk
-        self.run, self.model = run, model.to(mesh.device)
-        rates = freeze(model, run.rates)
-        named = dict(model.named_parameters())
-        groups = [{"params": [named[name]], "lr": rate} for name, rate in rates.items()]
-        self.optimizer = torch.optim.AdamW(groups, betas=run.betas, weight_decay=run.weight_decay)
-        self.learning = [named[name] for name in rates]
-        self.mesh = mesh
-        self.wrapped: Any = None
-
-    def step(self, number: int, batches: Sequence[Any], work: StepWork) -> float:
-        """Accumulate over the micro-batches and step; return the loss."""
-        if self.wrapped is None:
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                Losses(self.model, work), find_unused_parameters=True
-            )
-        self.wrapped.module.work[0] = work
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for micro, batch in enumerate(batches):
-            work.seed(micro, "front")
-            with torch.autocast(
-                self.mesh.device.type, torch.bfloat16, enabled=self.run.precision == "bf16"
-            ):
-                loss = self.wrapped(batch)
-            torch.autograd.backward(loss / len(batches))
-            total += float(loss.detach()) / len(batches)
-        nn.utils.clip_grad_norm_(self.learning, self.run.clip)
-        self.optimizer.step()
-        return total
 
 
 class Spans:
@@ -190,16 +118,25 @@ def watch(spans: Spans, targets: Sequence[tuple[Any, str, str, str]]) -> Iterato
             setattr(owner, name, original) if own else delattr(owner, name)
 
 
+REDUCE = (dist, "all_reduce", "communication", "")
+
+
 @dataclasses.dataclass
 class Contender:
     """Something that can do a step: its function, and where its sections are."""
 
     name: str
+    stage: str
     model: Any
     step: Callable[[int], Any]
 
     def targets(self) -> list[tuple[Any, str, str, str]]:
         """What to watch for the breakdown."""
+        ends = [(torch.autograd, "backward", "heads", ""), REDUCE]
+        if self.stage == "tokenizer":
+            return [(torch.autograd, "backward", "front", ""), REDUCE]
+        if self.stage == "diffusion":
+            return [(self.model.heads.diffusion, "loss", "heads", ""), *ends]
         if isinstance(self.model, FocusModel):
             front, trunk, heads = self.model.front, self.model.trunk, self.model.heads
             run: tuple[Any, str] = (trunk, "forward")
@@ -207,19 +144,18 @@ class Contender:
             chunk = self.model[0]
             front, heads = chunk.front, chunk.heads
             run = (chunk.llm, "states")
-        found = [
+        return [
             (front, "tokenize", "front", ""),
             (front, "encode", "front", ""),
             (front, "embed", "front", "front"),
             (*run, "trunk", "trunk"),
             (heads, "predict_masks", "heads", ""),
+            *ends,
         ]
-        found.append((torch.autograd, "backward", "heads", ""))
-        return [*found, (dist, "all_reduce", "communication", "")]
 
 
 def contenders(run: Run, mesh: Mesh, batches: Sequence[Any]) -> list[Contender]:
-    """Build all three with equal weights."""
+    """Build all of them with equal weights."""
     found: list[Contender] = []
 
     def add(name: str, stage: Stage, layout: ParallelConfig) -> None:
@@ -239,11 +175,12 @@ def contenders(run: Run, mesh: Mesh, batches: Sequence[Any]) -> list[Contender]:
             with nullcontext() if layout.megatron else torch._C.DisableTorchFunction():
                 return engine.step(number, batches, StepWork(planned, stage, number, mesh))
 
-        found.append(Contender(name, engine.model, step))
+        found.append(Contender(name, run.stage, engine.model, step))
 
     add(PEER, sectioned(find_stage(run.stage)), ParallelConfig())
     add(PLAIN, sectioned(find_stage(run.stage)), ParallelConfig())
-    add(MEGATRON, sectioned(find_stage(run.stage)), ParallelConfig(trunk="megatron"))
+    if run.stage not in STAGE_1:
+        add(MEGATRON, sectioned(find_stage(run.stage)), ParallelConfig(trunk="megatron"))
     return found
 
 
@@ -255,7 +192,7 @@ def compare(run: Run, repeats: int, budget: float) -> list[dict[str, Any]]:
         began = time.perf_counter()
         batches = StepDataset(run, stage, 0, 1)[0]
         data = time.perf_counter() - began
-        batches = [batch.to(mesh.device) for batch in batches]
+        batches = send(batches, mesh.device)
         samples = sum(size for _, size in stage.micro_batches(run, 0))
         tokens = sum(int(b.lengths.sum()) for b in batches if isinstance(b, Batch))
         racing = contenders(run, mesh, batches)
@@ -317,8 +254,10 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
                 + "".join(f"{row['shares'][part]:>11.1f}" for part in PARTS)
             )
         by = {row["contender"]: row for row in chosen}
-        wall, cpu = (by[MEGATRON][k] / by[PEER][k] for k in ("step_ms", "step_cpu_ms"))
-        lines.append(f"  megatron road over the peer: {wall:.2f} wall, {cpu:.2f} cpu (goal {GOAL})")
+        own = MEGATRON if MEGATRON in by else PLAIN
+        wall, cpu = (by[own][k] / by[PEER][k] for k in ("step_ms", "step_cpu_ms"))
+        road = "megatron road" if own == MEGATRON else "our engine"
+        lines.append(f"  {road} over the peer: {wall:.2f} wall, {cpu:.2f} cpu (goal {GOAL})")
     return lines
 
 
@@ -326,8 +265,8 @@ def plan_run(
     stage: str, model: str, size: int, tasks: int, precision: Literal["fp32", "bf16"] | None
 ) -> Run:
     """Return the stage's run with small micro-batches and nothing to load."""
-    name = f"{model}_stage{stage}"
-    run = find_run(name if model == "focus_tiny" or stage != "3" else f"{name}_256")
+    name, phase = STAGES[stage]
+    run = find_run(f"{model}_{name}" + (phase if model != "focus_tiny" else ""))
     kinds = list(dict.fromkeys(task for task, _ in run.micro_batches))
     kinds.sort(key=lambda task: task != "editing")  # the task with every loss comes first
     mixture = tuple((task, size) for task in kinds[:tasks])
@@ -349,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stages", nargs="+", choices=("2", "3", "4"), default=["2", "3", "4"])
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
     parser.add_argument(
         "--model",
         choices=[name for name in CONFIGS if name in ("focus_tiny", "focus_300m", "focus_3b")],

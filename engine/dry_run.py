@@ -15,10 +15,9 @@ from parallel.planner import (
     GIB,
     WORKSPACE,
     Gpu,
-    activation_bytes,
     assess,
     parameters_of_rank,
-    weight_bytes,
+    rank_bytes,
 )
 from parallel.trace import Workload
 
@@ -32,8 +31,7 @@ def describe(run: Run, gpus: int, gpu: Gpu) -> dict[str, Any]:
     check_layout(work.config.llm, layout)
     mixture = per_step(run)
     batch, micro = batch_of(run, data), max(size for _, size in mixture)
-    precision = run.precision if layout.megatron else "fp32"
-    plan = assess(work, gpu, layout, gpus, micro, batch, precision=precision)
+    plan = assess(work, gpu, layout, gpus, micro, batch, precision=run.precision)
     return {
         "run": run.name,
         "stage": run.stage,
@@ -49,7 +47,8 @@ def describe(run: Run, gpus: int, gpu: Gpu) -> dict[str, Any]:
         "tasks": sorted({task for task, _ in run.micro_batches}),
         "shapes": shapes(work),
         "parts": parts(work),
-        "ranks": ranks(work, layout, data, micro, len(mixture), precision),
+        "parked": list(run.parked),
+        "ranks": ranks(work, layout, data, micro, len(mixture), run.precision),
         "flops_per_sample": work.step_flops,
         "flops_per_step": work.step_flops * batch,
         "model_says": {
@@ -104,11 +103,7 @@ def ranks(
     rows = []
     for rank in range(layout.pp):
         trainable, frozen = parameters_of_rank(work, layout, rank)
-        if not layout.megatron:
-            trainable = sum(part.trainable for part in work.parts.values())
-            frozen = sum(part.frozen for part in work.parts.values())
-        weights = _weights(work, layout, data, rank, precision)
-        held = activation_bytes(work, layout, rank, micro, count, precision)
+        weights, held = rank_bytes(work, layout, data, rank, micro, count, precision)
         rows.append(
             {
                 "pipeline_rank": rank,
@@ -120,13 +115,6 @@ def ranks(
             }
         )
     return rows
-
-
-def _weights(work: Workload, layout: ParallelConfig, data: int, rank: int, precision: str) -> float:
-    """Bytes of weights and optimizer; without megatron-core nothing is divided over data ranks."""
-    if layout.megatron:
-        return weight_bytes(work, layout, data, rank, precision)
-    return weight_bytes(work, ParallelConfig(distributed_optimizer=False), 1, rank, "fp32")
 
 
 def render(report: dict[str, Any]) -> list[str]:
@@ -147,6 +135,8 @@ def render(report: dict[str, Any]) -> list[str]:
             f"  {p['part']:<14}{p['trainable'] / 1e6:>13,.1f}{p['frozen'] / 1e6:>11,.1f}"
             f"{p['forward_flops'] / 1e9:>15,.1f}{p['step_flops'] / 1e9:>12,.1f}"
         )
+    if report["parked"]:
+        lines.append(f"  in host memory, not used: {', '.join(report['parked'])}")
     lines.append(f"  FLOPs per step {report['flops_per_step']:.3e}; a model, not measured:")
     for r in report["ranks"]:
         lines.append(

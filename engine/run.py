@@ -28,10 +28,11 @@ class Run:
     `stage` is a module of `engine/stages`, `model` a name in `focus.presets.CONFIGS`.
     `micro_batches` lists the (task, batch size) pairs of every step, per data-parallel rank; a
     stage may replace it by its own schedule. `rates` maps globs over parameter names to learning
-    rates: the first match decides, no match means frozen. `init_from` is the name of a run beside
-    this run's folder, a run folder, a checkpoint folder or a safetensors file. `ema` is a decay per
-    step. `skips` is how many steps with a non-finite loss or gradient are passed over, without
-    touching parameters, before the run stops with an error.
+    rates: the first match decides, no match means frozen. `muon` maps globs to rates of matrices
+    that follow Muon instead of AdamW (models that are not split only). `init_from` is the name of a
+    run beside this run's folder, a run folder, a checkpoint folder or a safetensors file. `ema` is
+    a decay per step. `skips` is how many steps with a non-finite loss or gradient are passed over,
+    without touching parameters, before the run stops with an error.
     `batch` is the number of samples per step over all ranks; `fit` turns it into a number of
     micro-batches per rank. `timeout` seconds without a finished step end the process with all its
     stacks printed (0: never). `async_save` lets a thread write checkpoints, from a copy in host
@@ -40,7 +41,8 @@ class Run:
     `measure_flops` traces the model at the start, for TFLOP/s and MFU in the log. `wandb` is the
     Weights & Biases project to log to.
     `precision` "bf16" keeps fp32 weights; "fp8" also multiplies the trunk's matrices in fp8, which
-    needs megatron-core and transformer-engine. `extra` holds what only the stage understands.
+    needs megatron-core and transformer-engine. `parked` names modules that the stage never calls;
+    they stay in host memory. `extra` holds what only the stage understands.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Run:
     model: str
     steps: int
     rates: Mapping[str, float]
+    muon: Mapping[str, float] = field(default_factory=dict)
     micro_batches: tuple[tuple[str, int], ...] = (("default", 8),)
     schedule: Schedule = "constant"
     warmup: int = 0
@@ -71,6 +74,7 @@ class Run:
     profile: tuple[int, int] | None = None
     measure_flops: bool = False
     wandb: str | None = None
+    parked: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -95,6 +99,7 @@ class Run:
         """The optimizer's share of this run."""
         return OptimizerConfig(
             rates=self.rates,
+            muon=self.muon,
             betas=self.betas,
             weight_decay=self.weight_decay,
             clip=self.clip,
@@ -145,7 +150,7 @@ def from_json(values: Mapping[str, Any]) -> Run:
     built = dict(values)
     built["parallel"] = ParallelConfig(**values.get("parallel", {}))
     built["micro_batches"] = tuple((str(t), int(n)) for t, n in values["micro_batches"])
-    for name in ("betas", "profile"):
+    for name in ("betas", "profile", "parked"):
         if built.get(name) is not None:
             built[name] = tuple(built[name])
     return Run(**built)

@@ -34,6 +34,9 @@ LANGUAGE = ("trunk.*", "front.token_embedding.*")  # the head is tied to the tab
 MASK_DECODER = ("heads.segment.*",)
 MASK_ATTENTION = ("*.attn2.*", "heads.diffusion.mask_projection.*")
 
+# What a stage never calls, and leaves in host memory.
+LANGUAGE_PARTS = ("trunk", "front.token_embedding", "heads.lm_head", "heads.segment")
+
 # Stages 2 to 4 run on megatron-core with its distributed optimizer even where nothing is split.
 MEGATRON = ParallelConfig(trunk="megatron")
 
@@ -68,7 +71,10 @@ def _run(
     extra: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Run:
-    """A run that goes on for weeks: constant rate, bf16, sparse panels, a few skips allowed."""
+    """A run that goes on for weeks: constant rate, bf16, no panels, a few skips allowed.
+
+    Checkpoints are written while training goes on.
+    """
     return Run(
         name=name,
         stage=stage,
@@ -80,6 +86,7 @@ def _run(
         warmup=200,
         save_every=500,
         keep=3,
+        async_save=True,
         skips=20,
         workers=8,
         panel_every=0,
@@ -102,6 +109,7 @@ def _tokenizer(scale: str, size: int, steps: int, micro: int, after: str) -> Run
         batch=256,
         micro_batches=(("vqa", micro),),
         rates=_rates(1e-4, TOKENIZER),
+        parked=(*LANGUAGE_PARTS, "heads.diffusion"),
         extra=extra,
     )
 
@@ -116,6 +124,7 @@ def _diffusion(scale: str, size: int, steps: int, micro: int, after: str) -> Run
         batch=128,
         micro_batches=(("vqa", micro),),
         rates=_rates(2e-5, DECODER),
+        parked=LANGUAGE_PARTS,
     )
 
 
@@ -130,6 +139,7 @@ def _stage2(scale: str, micro: int, after: str) -> Run:
         micro_batches=_mixture(micro, vqa=1),
         parallel=MEGATRON,
         rates=_rates(1e-3, PROJECTORS, ("front.token_embedding.*",)),
+        parked=("heads.segment", "heads.diffusion"),
         extra={"segmentation": False},
     )
 
@@ -146,6 +156,7 @@ def _stage3(scale: str, size: int, micro: int, after: str) -> Run:
         micro_batches=_mixture(micro, editing=12, generation=2, vqa=4, referring=1, **{"class": 1}),
         parallel=MEGATRON,
         rates=_rates(2e-5, LANGUAGE, PROJECTORS) | _rates(1e-3, MASK_DECODER),
+        parked=("heads.diffusion",),
     )
 
 
@@ -170,7 +181,7 @@ def focus_3b_stage1_tokenizer_256() -> Run:
 
 def focus_3b_stage1_tokenizer_512() -> Run:
     """Dual tokenizer at 512 pixels, 28k steps (appendix D)."""
-    return _tokenizer("focus_3b", 512, 28_000, 4, "focus_3b_stage1_tokenizer_256")
+    return _tokenizer("focus_3b", 512, 28_000, 2, "focus_3b_stage1_tokenizer_256")
 
 
 def focus_3b_stage1_diffusion_512() -> Run:
@@ -180,7 +191,7 @@ def focus_3b_stage1_diffusion_512() -> Run:
 
 def focus_3b_stage1_diffusion_1024() -> Run:
     """Diffusion decoder to 1024 pixels from 512-pixel codes; the other half."""
-    return _diffusion("focus_3b", 1024, 110_000, 2, "focus_3b_stage1_diffusion_512")
+    return _diffusion("focus_3b", 1024, 110_000, 1, "focus_3b_stage1_diffusion_512")
 
 
 def focus_3b_stage2() -> Run:
@@ -252,7 +263,7 @@ def focus_300m_stage1_tokenizer_256() -> Run:
 
 def focus_300m_stage1_tokenizer_512() -> Run:
     """As focus_3b's."""
-    return _tokenizer("focus_300m", 512, 28_000, 4, "focus_300m_stage1_tokenizer_256")
+    return _tokenizer("focus_300m", 512, 28_000, 2, "focus_300m_stage1_tokenizer_256")
 
 
 def focus_300m_stage1_diffusion_512() -> Run:

@@ -24,7 +24,7 @@ from engine.run import Run, RunError, derive_seed, fit
 from engine.saving import Saver, restore
 from engine.sectioned import sectioned
 from engine.stages.stage import Micro, SectionStage, Stage, find_stage, find_weights
-from focus.batch import Batch
+from focus.batch import Batch, move
 from parallel.checkpoint import CheckpointFolder
 from parallel.engine import Engine, NonFiniteLoss, PlainEngine, StepReport
 from parallel.mesh import Mesh, open_mesh
@@ -146,13 +146,16 @@ def build_engine(run: Run, stage: Stage, mesh: Mesh) -> Engine:
             mesh,
             precision=run.precision,
             seed=derive_seed(run.seed, "megatron"),
+            parked=run.parked,
         )
     if run.precision == "fp8":
         raise RunError(
             "precision=fp8 is megatron-core's trunk by transformer-engine; set "
             "parallel.trunk=megatron, or precision=bf16"
         )
-    return PlainEngine(model, run.optimizer(), mesh, precision=run.precision, ema=run.ema)
+    return PlainEngine(
+        model, run.optimizer(), mesh, precision=run.precision, ema=run.ema, parked=run.parked
+    )
 
 
 def _loop(
@@ -203,7 +206,7 @@ def _step(
     """
     run, stage, mesh, meter = training.run, training.stage, training.mesh, training.meter
     began = time.monotonic()
-    micros = _to(training.ledger.count(*next(batches)), mesh.device)
+    micros = send(training.ledger.count(*next(batches)), mesh.device)
     waited = time.monotonic() - began
     try:
         report = training.engine.step(step, micros, StepWork(run, stage, step, mesh))
@@ -321,11 +324,14 @@ def _same(item: Any) -> Any:
     return item
 
 
-def _to(batch: Any, device: torch.device) -> Any:
-    if device.type == "cpu":
+def send(batch: Any, device: torch.device) -> Any:
+    """Return a batch with all its tensors on the device, whatever it is made of."""
+    if device.type == "cpu" or batch is None:
         return batch
     if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: send(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(send(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return move(batch, device)
     return batch.to(device) if hasattr(batch, "to") else batch

@@ -16,13 +16,27 @@ SEGMENTS = frozenset({"class", "referring", "reasoning", "interactive", "editing
 DRAWS = frozenset({"generation", "editing"})
 STAGE1 = {"tokenizer": "tokenizer", "diffusion": "diffusion"}
 WHOLE = ("warmup", "pretrain", "instruct")
+# The module of each part that a run may leave in host memory.
+MODULES = {
+    "trunk": "trunk",
+    "table": "front.token_embedding",
+    "segment": "heads.segment",
+    "diffusion": "heads.diffusion",
+}
 
 
 def workload_of(run: Run) -> Workload:
     """Trace the largest sample of the run's mixture; raises `RunError` for stage 0.
 
-    FLOPs are the mixture's mean, memory is the largest sample's: a micro-batch has one task.
+    Parts that the run leaves in host memory are left out. FLOPs are the mixture's mean, memory is
+    the largest sample's: a micro-batch has one task.
     """
+    found = _trace(run)
+    parts = {n: cost for n, cost in found.parts.items() if MODULES.get(n) not in run.parked}
+    return dataclasses.replace(found, parts=parts)
+
+
+def _trace(run: Run) -> Workload:
     config = CONFIGS[run.model]()
     rates = {glob: rate for glob, rate in run.rates.items() if not glob.startswith("scratch.")}
     if run.stage == "tokenizer":

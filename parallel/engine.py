@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,16 @@ from torch import Tensor, nn
 
 from parallel.checkpoint import CheckpointMismatch, Staged
 from parallel.mesh import Mesh
-from parallel.optimizer import OptimizerConfig, freeze, frozen_rows
+from parallel.optimizer import (
+    OptimizerConfig,
+    RateError,
+    check_parked,
+    freeze,
+    frozen_rows,
+    rate_of,
+)
 from parallel.sections import Work
-from parallel.tensors import copy_to_host, read_tensors, unique_tensors, write_tensors
+from parallel.tensors import copy_to_host, read_tensors, to_device, unique_tensors, write_tensors
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -67,7 +75,8 @@ class PlainEngine:
     """The whole model on every process, gradients averaged over the data-parallel ranks.
 
     The minimised loss is the mean over micro-batches and ranks of the sum of a micro-batch's terms,
-    so two ranks with one micro-batch each equal one rank with both.
+    so two ranks with one micro-batch each equal one rank with both. Modules named in `parked`,
+    which the steps never call, stay in host memory.
     """
 
     def __init__(
@@ -78,32 +87,26 @@ class PlainEngine:
         *,
         precision: str = "fp32",
         ema: float | None = None,
+        parked: Sequence[str] = (),
     ) -> None:
-        self.model = model.to(mesh.device)
+        self.model = to_device(model, mesh.device, parked)
         self.config = config
         self.mesh = mesh
         self.precision = precision
         self.ema = ema
         rates = freeze(self.model, config.rates)
+        check_parked(rates, parked)
         parameters = dict(self.model.named_parameters())
         self.learning = {name: parameters[name] for name in rates}
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, rate in rates.items():
-            groups.setdefault(rate, []).append(parameters[name])
-        self._rates = list(groups)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": rate} for rate, p in groups.items()],
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizers = build_optimizers(self.learning, rates, config)
+        self._rates = [[group["lr"] for group in each.param_groups] for each in self.optimizers]
         self.average = (
             {name: p.detach().clone() for name, p in self.learning.items()} if ema else {}
         )
 
     def step(self, number: int, batches: Sequence[Any], work: Work) -> StepReport:
         """Accumulate gradients over the micro-batches and step; raises `NonFiniteLoss`."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         weight = 1.0 / len(batches)
         collected: list[dict[str, Tensor]] = []
         for micro, batch in enumerate(batches):
@@ -128,11 +131,24 @@ class PlainEngine:
                 self.learning.values(), self.config.clip, norm.to(self.mesh.device)
             )
         scale = self.config.scale(number)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * scale
-        self.optimizer.step()
+        for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+            optimizer.step()
         self._follow()
         return report
+
+    def _clear(self) -> None:
+        for parameter in self.learning.values():
+            parameter.grad = None
+
+    def _state(self, name: str) -> MutableMapping[Any, Any]:
+        """Return the state of whichever optimizer owns a parameter, by its parameters."""
+        parameter = self.learning[name]
+        for optimizer in self.optimizers:
+            if any(p is parameter for group in optimizer.param_groups for p in group["params"]):
+                return optimizer.state
+        raise KeyError(name)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.precision == "bf16":
@@ -144,7 +160,7 @@ class PlainEngine:
     ) -> None:
         if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
             return
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         bad = [name for name, value in report.terms.items() if not math.isfinite(value)]
         if bad:
             where = [
@@ -174,7 +190,7 @@ class PlainEngine:
         tensors, aliases = unique_tensors(self.model.state_dict())
         moments: dict[str, Tensor] = {}
         for name, parameter in self.learning.items():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self._state(name)[parameter].items():
                 moments[f"{key}/{name}"] = value
         files = {"model": tensors, "optimizer": moments}
         if self.average:
@@ -208,15 +224,51 @@ class PlainEngine:
                 f"{folder}: optimizer state for parameters that do not learn in this run: "
                 f"{unknown[:5]}; resume with the same rates or start from its weights (init_from)"
             )
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         for name, values in state.items():
             device = self.learning[name].device
-            self.optimizer.state[self.learning[name]] = {
+            self._state(name)[self.learning[name]] = {
                 kind: v if kind == "step" else v.to(device) for kind, v in values.items()
             }
         if self.average and (folder / "ema.safetensors").is_file():
             saved = read_tensors(folder / "ema.safetensors")
             self.average = {n: saved[n].to(t.device) for n, t in self.average.items()}
+
+
+def build_optimizers(
+    learning: Mapping[str, nn.Parameter], rates: Mapping[str, float], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW over what learns at `rates`, and Muon over the matrices that config.muon names.
+
+    Raises `RateError` when a glob of config.muon matches no learning matrix.
+    """
+    chosen = {n: rate_of(n, config.muon) for n, p in learning.items() if p.ndim == 2}
+    chosen = {name: rate for name, rate in chosen.items() if rate > 0}
+    unused = [g for g in config.muon if not any(fnmatchcase(name, g) for name in chosen)]
+    if unused:
+        raise RateError(f"muon's rates match no matrix that learns: {unused}")
+
+    def grouped(of: Mapping[str, float]) -> list[dict[str, Any]]:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, rate in of.items():
+            groups.setdefault(rate, []).append(learning[name])
+        return [{"params": p, "lr": rate} for rate, p in groups.items()]
+
+    rest = {name: rate for name, rate in rates.items() if name not in chosen}
+    built: list[torch.optim.Optimizer] = []
+    if rest:
+        built.append(
+            torch.optim.AdamW(
+                grouped(rest),
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+            )
+        )
+    if chosen:
+        built.append(torch.optim.Muon(grouped(chosen), weight_decay=config.weight_decay))
+    return built
 
 
 def sum_terms(terms: Mapping[str, Tensor]) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -23,9 +23,12 @@ class OptimizerConfig:
 
     The first glob that matches a name decides; a name that matches none, or whose rate is 0, is
     frozen. `warmup` counts steps; `floor` is the last rate of "cosine" as a fraction of the first.
+    `muon` maps globs to rates in the same way: learning matrices that match follow Muon
+    (`torch.optim.Muon`: momentum .95, orthogonalised) at that rate instead of AdamW.
     """
 
     rates: Mapping[str, float]
+    muon: Mapping[str, float] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -72,6 +75,13 @@ def freeze(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
     if not learning:
         raise RateError(f"nothing learns: no rate above 0 in {dict(rates)}")
     return learning
+
+
+def check_parked(learning: Iterable[str], parked: Sequence[str]) -> None:
+    """Raise `RateError` when a parameter of a module that stays in host memory learns."""
+    both = [n for n in learning if any(n.startswith(f"{path}.") for path in parked)]
+    if both:
+        raise RateError(f"parked modules {list(parked)} cannot learn, got rates for {both[:3]}")
 
 
 def freeze_rows(parameter: nn.Parameter, count: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from focus.config import SCALES
 from parallel.layout import MeshError, ParallelConfig, check_layout
-from parallel.trace import BYTES, Cost, Workload
+from parallel.trace import BYTES, Workload
 
 GIB = float(2**30)
 
@@ -59,6 +59,9 @@ EFFICIENCY: Mapping[str, float] = {
 }
 FRONT, HEADS = ("vanilla", "hierarchical", "front", "embed"), ("segment", "diffusion")
 WORKSPACE = 1.5e9  # CUDA context, NCCL buffers, fragmentation
+# Of fp32's bytes, kept by fp32 modules under autocast: in a chain of norm, activation and product
+# the first two keep their inputs in fp32, the product its own in bf16: (4 + 4 + 2) / 12.
+AUTOCAST = 10 / 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +92,22 @@ class Plan:
 
 
 def plan(
-    work: Workload, gpu: Gpu, num_gpus: int, batch: int, *, precision: str = "bf16"
+    work: Workload,
+    gpu: Gpu,
+    num_gpus: int,
+    batch: int,
+    *,
+    precision: str = "bf16",
+    whole: bool = False,
 ) -> list[Plan]:
     """Return every legal layout for `batch` samples per step that fits in memory, fastest first.
 
-    Raises `PlanError` when none fits, naming the nearest.
+    `whole` asks for the stages that are not split, with the whole model on every rank. Raises
+    `PlanError` when none fits, naming the nearest.
     """
     found = [
         assess(work, gpu, layout, num_gpus, micro, batch, precision=precision)
-        for layout, micro in candidates(work, gpu, num_gpus, batch)
+        for layout, micro in candidates(work, gpu, num_gpus, batch, whole)
     ]
     if not found:
         raise PlanError(
@@ -115,9 +125,12 @@ def plan(
 
 
 def candidates(
-    work: Workload, gpu: Gpu, num_gpus: int, batch: int
+    work: Workload, gpu: Gpu, num_gpus: int, batch: int, whole: bool = False
 ) -> Iterator[tuple[ParallelConfig, int]]:
     """Yield the legal (layout, micro-batch size) pairs; tp stays within a machine."""
+    if whole:
+        yield from _with_micro(work, ParallelConfig(trunk="plain"), num_gpus, batch)
+        return
     powers = [1, 2, 4, 8]
     for tp in (t for t in powers if t <= min(gpu.per_node, num_gpus)):
         for pp in powers:
@@ -162,11 +175,7 @@ def assess(
     data = layout.data_size(num_gpus)
     count = batch // (data * micro)
     memories = [
-        (
-            weight_bytes(work, layout, data, rank, precision),
-            activation_bytes(work, layout, rank, micro, count, precision),
-        )
-        for rank in range(layout.pp)
+        rank_bytes(work, layout, data, rank, micro, count, precision) for rank in range(layout.pp)
     ]
     weights, activations = max(memories, key=sum)
     compute = max(_seconds(work, gpu, layout, rank, micro) for rank in range(layout.pp)) * count
@@ -190,29 +199,52 @@ def assess(
     )
 
 
+def rank_bytes(
+    work: Workload,
+    layout: ParallelConfig,
+    data: int,
+    rank: int,
+    micro: int,
+    count: int,
+    precision: str,
+) -> tuple[float, float]:
+    """Bytes on one pipeline rank: what stays, and what comes and goes within a step.
+
+    Without megatron-core the ranks average one flat copy of all gradients, and torch's AdamW makes
+    as much again, when no activations are left.
+    """
+    held = activation_bytes(work, layout, rank, micro, count, precision)
+    if not layout.megatron:
+        held = max(held, 4.0 * parameters_of_rank(work, layout, rank)[0])
+    return weight_bytes(work, layout, data, rank, precision), held
+
+
 def weight_bytes(
     work: Workload, layout: ParallelConfig, data: int, rank: int, precision: str
 ) -> float:
     """Bytes of weights, fp32 gradients and Adam state on one pipeline rank.
 
-    Under bf16 the trunk and the token table are bf16 with fp32 main weights; the front and the
-    heads stay fp32. The distributed optimizer divides main weights and moments by the data ranks.
+    Under bf16 megatron-core's trunk and token table are bf16 with fp32 main weights; all else stays
+    fp32, of whose learning weights autocast keeps a bf16 copy until the backward pass. megatron's
+    distributed optimizer divides main weights and moments by the data ranks.
     """
-    shards = data * layout.cp if layout.distributed_optimizer else 1
+    divided = layout.megatron and layout.distributed_optimizer
+    shards = data * layout.cp if divided else 1
     total = 0.0
     for name, share in _shares(work, layout, rank).items():
         cost = work.parts[name]
-        low = BYTES[precision] if name in ("trunk", "table") else 4
-        main = 12 if low == 2 else 8
-        total += share * (cost.trainable * (low + 4 + main / shards) + cost.frozen * low)
+        low, main, cast = 4, 8, 0 if precision == "fp32" else 2
+        if layout.megatron and precision != "fp32" and name in ("trunk", "table"):
+            low, main, cast = BYTES[precision], 12, 0
+        total += share * (cost.trainable * (low + cast + 4 + main / shards) + cost.frozen * low)
     return total
 
 
 def _shares(work: Workload, layout: ParallelConfig, rank: int) -> dict[str, float]:
     """Share of each part's parameters that one pipeline rank holds."""
-    shares = {"trunk": 1 / (layout.tp * layout.pp)}
     first, last = rank == 0, rank == layout.pp - 1
-    if first or last:
+    shares = {"trunk": 1 / (layout.tp * layout.pp)} if "trunk" in work.parts else {}
+    if (first or last) and "table" in work.parts:
         shares["table"] = 1 / layout.tp
     for name in work.parts:
         if (name in FRONT and first) or (name in HEADS and last):
@@ -234,11 +266,13 @@ def activation_bytes(
     """Bytes that autograd keeps on one pipeline rank while its micro-batches are in flight.
 
     A 1F1B rank r of p holds p - r micro-batches; interleaving holds 1 + (p - 1) / (p v) times that.
-    Traced bytes are fp32; bf16 halves them except for the logits.
+    Traced bytes are fp32; bf16 halves the trunk's, autocast the front's and heads' less (see
+    `AUTOCAST`), and logits stay.
     """
-    scale = BYTES[precision] / 4
+    scale, cast = BYTES[precision] / 4, 1.0 if precision == "fp32" else AUTOCAST
     sequence = layout.tp if layout.sequence_parallel else 1
-    trunk = work.parts["trunk"].saved * scale / (layout.cp * layout.pp)
+    kept = {name: part.saved for name, part in work.parts.items()}
+    trunk = kept.get("trunk", 0.0) * scale / (layout.cp * layout.pp)
     if layout.recompute == "full":
         llm = work.config.llm
         edges = llm.num_layers * work.tokens * llm.dim * BYTES[precision]
@@ -251,11 +285,11 @@ def activation_bytes(
         flight = min(count, layout.pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
     held = trunk
     if rank == 0:
-        held += sum(work.parts[n].saved * scale for n in FRONT if n in work.parts)
+        held += sum(kept.get(name, 0.0) * cast for name in FRONT)
     held *= flight
     if rank == layout.pp - 1:
-        held += sum(work.parts[n].saved * scale for n in HEADS if n in work.parts)
-        held += work.parts["table"].saved / layout.tp
+        held += sum(kept.get(name, 0.0) * cast for name in HEADS)
+        held += kept.get("table", 0.0) / layout.tp
     return held * micro
 
 
@@ -308,7 +342,8 @@ def _communication(
             for r in range(layout.pp)
         )
         road = gpu.link if num_gpus <= gpu.per_node else gpu.network
-        reduce = own * (4 + 2) * (data - 1) / data / road
+        bytes_each = 4 + 2 if layout.megatron else 4 + 4  # gradients out, weights (or both) back
+        reduce = own * bytes_each * (data - 1) / data / road
     return tensor + pipeline + reduce
 
 
@@ -330,11 +365,6 @@ def data_demand(found: Plan, gpu: Gpu, num_gpus: int) -> Demand:
     copies = found.layout.tp * found.layout.pp * found.layout.cp
     rate = found.samples_per_s * copies / nodes
     return Demand(samples_per_s=rate, cores=rate * CPU_SECONDS)
-
-
-def step_cost(work: Workload) -> dict[str, Cost]:
-    """The parts of a step, by name, as they were traced."""
-    return dict(work.parts)
 
 
 def refusals(work: Workload, gpu: Gpu, num_gpus: int) -> list[str]:

@@ -18,8 +18,9 @@ from parallel.checkpoint import Staged
 from parallel.engine import NonFiniteLoss, StepReport, sum_terms
 from parallel.layout import MeshError, ParallelConfig
 from parallel.mesh import Mesh
-from parallel.optimizer import OptimizerConfig, RateError, freeze, frozen_rows, rate_of
+from parallel.optimizer import OptimizerConfig, check_parked, freeze, frozen_rows
 from parallel.sections import Work
+from parallel.tensors import to_device
 from parallel.weight_map import FOCUS
 
 cpu.install()
@@ -29,18 +30,13 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
-from megatron.core.optimizer import OptimizerConfig as AdamConfig  # noqa: E402
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
-from megatron.core.optimizer.optimizer_config import (  # noqa: E402
-    ParamKey,
-    ParamWithNamePredicate,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 from parallel.model import SplitModel  # noqa: E402
 from parallel.spec import length_multiple, transformer_config  # noqa: E402
+from parallel.split_optimizer import build_optimizer, learning_rates  # noqa: E402
 
 WEIGHTS_ONLY = "weights-only"  # marks a checkpoint without optimizer state
 
@@ -63,7 +59,8 @@ class SplitEngine:
     """Tensor, pipeline, sequence, context and data parallel training of a `FocusModel`.
 
     `whole` is the single-device model with its weights loaded; every rank keeps its shares of it.
-    Learning rates are given by the single-device parameter names.
+    Learning rates are given by the single-device parameter names. Modules of the front or the heads
+    named in `parked`, which the steps never call, stay in host memory.
     """
 
     def __init__(
@@ -75,11 +72,17 @@ class SplitEngine:
         *,
         precision: str = "fp32",
         seed: int = 0,
+        parked: Sequence[str] = (),
     ) -> None:
         if not all(hasattr(whole, part) for part in ("front", "trunk", "heads", "config")):
             raise MeshError(
                 f"tp, pp, cp and vpp split a model of front, trunk and heads, got "
                 f"{type(whole).__name__}; set them to 1 for this stage"
+            )
+        if config.muon:
+            raise MeshError(
+                "Muon needs whole matrices, which tp, pp, cp and vpp split; set them to 1, or "
+                "muon={} for AdamW"
             )
         self.config = config
         self.layout = layout
@@ -88,17 +91,18 @@ class SplitEngine:
         llm: Any = whole.config.llm  # type: ignore[union-attr]
         self.megatron = transformer_config(llm, layout, precision=precision)
         open_megatron(layout, mesh, seed)
-        whole.to(mesh.device)
-        freeze(whole, config.rates)
+        to_device(whole, mesh.device, parked)
+        check_parked(freeze(whole, config.rates), parked)
         stages: list[int | None] = list(range(layout.vpp)) if layout.vpp > 1 else [None]
         self.chunks = [
-            SplitModel(whole, self.megatron, vp_stage=stage, autocast=self.megatron.bf16).to(
-                mesh.device
-            )
+            SplitModel(whole, self.megatron, vp_stage=stage, autocast=self.megatron.bf16)
             for stage in stages
         ]
+        for chunk in self.chunks:
+            own = {name for name, _ in chunk.named_modules()}
+            to_device(chunk, mesh.device, [path for path in parked if path in own])
         self.model: nn.Module = nn.ModuleList(self.chunks)
-        self.rates = _learning_rates(self.chunks, config)
+        self.rates = learning_rates(self.chunks, config)
         # The distributed optimizer needs its gradient buffers; without data parallelism it is the
         # same arithmetic, and one code path is tested.
         buffers = DistributedDataParallelConfig(
@@ -108,7 +112,7 @@ class SplitEngine:
             DistributedDataParallel(self.megatron, buffers, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(self.chunks)
         ]
-        self.optimizer, self.rate_of_mark = _optimizer(
+        self.optimizer, self.rate_of_mark = build_optimizer(
             self.wrapped, self.rates, config, layout, self.megatron.params_dtype
         )
 
@@ -293,72 +297,6 @@ def _frozen_table_rows(whole: Any) -> int:
             "use parallel.optimizer.freeze_rows"
         )
     return frozen_rows(whole.front.token_embedding.weight)
-
-
-def _learning_rates(
-    chunks: Sequence[SplitModel], config: OptimizerConfig
-) -> dict[nn.Parameter, float]:
-    """Freeze this rank's parameters and return the rates of the others."""
-    rates: dict[nn.Parameter, float] = {}
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if not name.startswith("llm."):
-                rates[parameter] = rate_of(name, config.rates)
-        for name, parameter, made_of in chunk.llm.entries():
-            found = {rate_of(part, config.rates) for part in made_of.names}
-            if len(found) > 1:
-                raise RateError(
-                    f"{made_of.names} are one tensor under megatron ({name}), so they need one "
-                    f"rate, got {sorted(found)}"
-                )
-            rates[parameter] = found.pop()
-    for parameter, rate in rates.items():
-        parameter.requires_grad_(rate > 0 and parameter.is_floating_point())
-    return {parameter: rate for parameter, rate in rates.items() if parameter.requires_grad}
-
-
-def _optimizer(
-    wrapped: Sequence[nn.Module],
-    rates: Mapping[nn.Parameter, float],
-    config: OptimizerConfig,
-    layout: ParallelConfig,
-    dtype: torch.dtype,
-) -> tuple[Any, dict[float, float]]:
-    """Return megatron's optimizer and {mark: rate}.
-
-    Groups are told apart on load by `lr_mult` alone, which the rate does not set here, so it serves
-    as a mark: one per rate and dtype (a group must not mix dtypes, or its state is permuted).
-    """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    own = sorted({(rate, str(p.dtype)) for p, rate in rates.items()})
-    dist.all_gather_object(everyone, own)
-    kinds = sorted({kind for part in everyone for kind in part})
-    overrides, marks = {}, {}
-    for number, kind in enumerate(kinds):
-        members = {id(p) for p, rate in rates.items() if (rate, str(p.dtype)) == kind}
-        mark = 1.0 + number
-        marks[mark] = kind[0]
-
-        def belongs(parameter: nn.Parameter, _: str, members: set[int] = members) -> bool:
-            return id(parameter) in members
-
-        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=str(kind), fn=belongs))
-        overrides[key] = {"max_lr": kind[0], "min_lr": kind[0], "lr_mult": mark}
-    base = kinds[-1][0]
-    adam = AdamConfig(
-        optimizer="adam",
-        lr=base,
-        min_lr=0.0,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        adam_eps=config.eps,
-        clip_grad=config.clip,
-        use_distributed_optimizer=layout.distributed_optimizer,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
-    )
-    return get_megatron_optimizer(adam, list(wrapped), config_overrides=overrides), marks
 
 
 def _share(

@@ -117,6 +117,9 @@ def trace(
             )
         if diffuses:
             tracer.run("diffusion", heads.diffusion, lambda: diffuse(heads.diffusion, config))
+    idle = {"segment": heads.segment, "diffusion": heads.diffusion}
+    for name in idle.keys() - tracer.found.keys():
+        tracer.add(name, idle[name], (0.0, 0.0, False))  # present, unused
     return Workload(config=config, tokens=tokens, labelled=labelled, parts=tracer.found)
 
 

@@ -64,13 +64,15 @@ def _plan(planned: Any, args: argparse.Namespace) -> tuple[dict[str, Any], list[
     gpu = GPUS[args.gpu]
     work = workload_of(planned)
     batch = args.batch or batch_of(planned, args.gpus)
-    plans = plan(work, gpu, args.gpus, batch, precision=planned.precision)
+    whole = not planned.parallel.megatron
+    plans = plan(work, gpu, args.gpus, batch, precision=planned.precision, whole=whole)
     best = plans[0]
     demand = data_demand(best, gpu, args.gpus)
     days = planned.steps * best.step / 86_400
-    refused = refusals(work, gpu, args.gpus)
+    refused = refusals(work, gpu, args.gpus) if not whole else []
     lines = [
-        f"{planned.name} on {args.gpus} x {gpu.name}, {batch} samples per step",
+        f"{planned.name} on {args.gpus} x {gpu.name}, {batch} samples per step"
+        + ("; this stage is not split" if whole else ""),
         *render(plans, limit=args.limit).splitlines(),
         f"best: {days:.1f} days; data: {demand.samples_per_s:.0f} samples/s and "
         f"{demand.cores:.0f} CPU cores per machine of {gpu.per_node}",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.train import GOAL, MEGATRON, PARTS, PEER, PLAIN, Spans, plan_run, report, watch
+from bench.train import GOAL, MEGATRON, PARTS, PEER, PLAIN, STAGES, Spans, plan_run, report, watch
 from engine.workload import per_step
 
 
@@ -74,15 +74,17 @@ def test_report_gives_the_megatron_road_over_the_peer() -> None:
     ]
     last = report(rows)[-1]
     assert last == f"  megatron road over the peer: 1.15 wall, 1.05 cpu (goal {GOAL})"
+    last = report(rows[:2])[-1]  # stage 1 has no trunk to split
+    assert last == f"  our engine over the peer: 0.75 wall, 0.90 cpu (goal {GOAL})"
 
 
 @pytest.mark.parametrize("model", ["focus_tiny", "focus_300m"])
 def test_every_stage_of_a_model_can_be_measured(model: str) -> None:
-    for stage in ("2", "3", "4"):
+    for stage in STAGES:
         run = plan_run(stage, model, 2, 2, "fp32")
         assert run.init_from is None
         mixture = per_step(run)
         assert all(size == 2 for _, size in mixture)
-        if stage != "2":
+        if stage in "34":
             assert mixture[0][0] == "editing"
             assert len(mixture) == 2

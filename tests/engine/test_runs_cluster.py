@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import pytest
@@ -12,11 +13,11 @@ import torch
 from engine.cli import main
 from engine.data.feed import START, index_of, positions
 from engine.dry_run import describe, render
-from engine.run import RunError, fit, from_json, override, to_json
+from engine.run import Run, RunError, fit, from_json, override, to_json
 from engine.runs import RUNS, find_run
 from engine.runs_cluster import CLUSTER_RUNS, FOCUS_3B, SEQUENCES
 from engine.stages.stage import Micro
-from engine.workload import DRAWS, per_step
+from engine.workload import DRAWS, per_step, workload_of
 from focus.model import FocusModel
 from focus.presets import CONFIGS, focus_3b, focus_3b_512, focus_300m
 from parallel.optimizer import freeze, rate_of
@@ -157,6 +158,39 @@ def test_dry_run_counts_what_the_model_has() -> None:
     text = "\n".join(render(report))
     assert "a model, not measured" in text
     assert "tp2 pp2 dp2" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", FOCUS_3B, ids=lambda make: make.__name__)
+def test_every_run_of_focus_3b_fits_eight_gpus(make: Callable[[], Run]) -> None:
+    report = describe(make(), 8, GPUS["h100"])
+    assert report["model_says"]["fits"]
+    assert all(10 < rank["total_gib"] < 0.92 * 80e9 / 2**30 for rank in report["ranks"])
+
+
+def test_what_a_run_parks_is_neither_trained_nor_counted(model: FocusModel) -> None:
+    for make in CLUSTER_RUNS.values():
+        run = make()
+        for path in run.parked:
+            model.get_submodule(path)
+            assert not any(
+                rate_of(name, run.rates)
+                for name, _ in model.named_parameters()
+                if name.startswith(f"{path}.")
+            )
+    run = find_run("focus_300m_stage1_diffusion_512")
+    kept, all_parts = (workload_of(r).parts for r in (run, override(run, "parked=()")))
+    assert all_parts.keys() - kept.keys() == {"trunk", "table", "segment"}
+
+
+def test_plan_of_a_stage_that_is_not_split_offers_whole_models_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "focus_300m_stage1_diffusion_512", "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "this stage is not split" in text
+    assert "tp1 pp1 dp8" in text
+    assert "tp2" not in text
 
 
 def test_plan_command_ranks_layouts_and_names_what_is_refused(

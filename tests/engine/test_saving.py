@@ -6,17 +6,20 @@ import errno
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.run import override
-from parallel import checkpoint, engine
+from parallel import checkpoint
 from parallel.background import BackgroundSaver
 from parallel.checkpoint import CheckpointError, CheckpointFolder, Staged, verify_manifest
+from parallel.engine import NonFiniteLoss
 from parallel.layout import ParallelConfig
 from parallel.mesh import open_mesh
+from parallel.tensors import write_tensors
 from tests.engine.test_signals import Signalled
 from tests.engine.test_train import (
     ToyStage,
@@ -42,14 +45,14 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slow_writer(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
     """Make every file slow to write; return the list of the threads that wrote."""
     threads: list[str] = []
-    original = engine.write_tensors
+    original = write_tensors
 
     def write(*arguments: Any) -> None:
         threads.append(threading.current_thread().name)
         time.sleep(seconds)
         original(*arguments)
 
-    monkeypatch.setattr(engine, "write_tensors", write)
+    monkeypatch.setattr("parallel.engine.write_tensors", write)
     return threads
 
 
@@ -77,7 +80,7 @@ def test_steps_are_done_while_a_checkpoint_is_written(
 ) -> None:
     """Step 4's files are held back until step 7 is under way."""
     gate = threading.Event()
-    original = engine.write_tensors
+    original = write_tensors
     found: list[list[int]] = []
 
     def write(*arguments: Any) -> None:
@@ -91,7 +94,7 @@ def test_steps_are_done_while_a_checkpoint_is_written(
                 gate.set()
             return super().losses(model, batch, step)
 
-    monkeypatch.setattr(engine, "write_tensors", write)
+    monkeypatch.setattr("parallel.engine.write_tensors", write)
     go(BACKGROUND, tmp_path, Opening(), until=8)
     assert found == [[]]
     assert CheckpointFolder(tmp_path / "checkpoints").steps() == [8, 4]
@@ -105,9 +108,7 @@ def test_kill_at_every_moment_of_a_save_in_the_background_loses_nothing(
     for moment in range(1, 60):
         folder = tmp_path / str(moment)
         copy_tree(tmp_path / "start", folder)
-        pid = in_child(
-            lambda folder=folder, moment=moment: die_while_saving(folder, moment, BACKGROUND, 12)
-        )
+        pid = in_child(partial(die_while_saving, folder, moment, BACKGROUND, 12))
         code = wait(pid)
         if code == 0:
             break
@@ -131,7 +132,7 @@ def test_an_error_of_the_writer_ends_the_run_and_keeps_checkpoints(
         time.sleep(slow)
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(engine, "write_tensors", fail)
+    monkeypatch.setattr("parallel.engine.write_tensors", fail)
     with pytest.raises(CheckpointError, match=r"no room to save step 8 .* earlier checkpoints"):
         go(BACKGROUND, tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-4"]
@@ -165,7 +166,7 @@ def test_a_broken_loss_still_publishes_the_save_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_writer(monkeypatch, 0.1)
-    with pytest.raises(engine.NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss):
         go(BACKGROUND, tmp_path, ToyStage(bad_step=4))
     assert CheckpointFolder(tmp_path / "checkpoints").steps() == [4]
 

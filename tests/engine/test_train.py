@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from engine.run import Run, RunError
 from engine.stages.stage import Micro, Stage, find_weights, load_initial
-from engine.train import NonFiniteLoss, Outcome, train
+from engine.train import NonFiniteLoss, Outcome, send, train
+from focus.batch import Pictures
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointCorrupt, CheckpointError, CheckpointMismatch
 from parallel.optimizer import RateError
+from parallel.tensors import to_device
 
 
 class Toy(nn.Module):
@@ -373,3 +375,28 @@ def test_bf16_trains(tmp_path: Path) -> None:
     go(toy_run(precision="bf16", ema=None), tmp_path)
     assert falls(log(tmp_path))
     assert checkpoint_tensors(tmp_path, 12, "model")["head.weight"].dtype == torch.float32
+
+
+def test_every_kind_of_batch_is_sent_to_the_device() -> None:
+    part = torch.zeros(1, 3, 2, 2)
+    pictures = Pictures(vanilla=part, hierarchical=part, pixel=part)
+    sent = send([{"x": part}, (pictures,), None], torch.device("meta"))
+    found = [sent[0]["x"], *vars(sent[1][0]).values()]
+    assert len(found) == 4
+    assert all(tensor.device.type == "meta" for tensor in found)
+    assert sent[2] is None
+
+
+def test_parked_modules_keep_their_place_and_must_not_learn(tmp_path: Path) -> None:
+    model = Toy(4)
+    body = model.body[0]
+    to_device(model, torch.device("meta"), ["body.0", "frozen"])
+    assert model.body[0] is body
+    places = {name: p.device.type for name, p in model.named_parameters()}
+    assert places["head.weight"] == "meta"
+    assert places["body.0.weight"] == places["frozen.bias"] == "cpu"
+    with pytest.raises(ValueError, match=r"no module 'haed'; modules begin with \['body'"):
+        to_device(model, torch.device("cpu"), ["haed"])
+    go(toy_run(parked=("frozen",)), tmp_path, until=1)
+    with pytest.raises(RateError, match=r"\['head'\] cannot learn, got rates for \['head.weight'"):
+        go(toy_run(parked=("head",)), tmp_path / "other")

@@ -28,7 +28,7 @@ def context() -> ForkServerContext:
     return found
 
 
-def run(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 400.0) -> list[Any]:
+def run(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 1800.0) -> list[Any]:
     """Return what `work(rank, *arguments)` returns on each of `size` ranks; raise if one fails."""
     found = context()
     results: Any = found.Queue()

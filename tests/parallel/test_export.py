@@ -15,8 +15,9 @@ from tests.parallel.small import SmallStage, small_run
 
 def export_after(rank: int, layout: ParallelConfig, steps: int, path: Path) -> None:
     """Train a little, then write the whole model to `path`."""
+    from engine.process import seed_everything
     from engine.run import derive_seed
-    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from engine.train import StepDataset, StepWork, build_engine
     from parallel.export import export_model
     from parallel.mesh import open_mesh
     from parallel.tensors import unique_tensors, write_tensors

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from parallel.layout import ParallelConfig
+from parallel.mesh import Mesh
 from tests.parallel import ranks
 from tests.parallel.small import TASKS, SmallStage, small_run
 from tests.parallel.test_shards import curve, train_part
@@ -25,8 +26,9 @@ TP2 = ParallelConfig(tp=2)
 
 def meet_nan(rank: int, layout: ParallelConfig, bad: int) -> tuple[str, float, float]:
     """(message, largest change of any parameter by the bad step, loss of the step after it)."""
+    from engine.process import seed_everything
     from engine.run import derive_seed
-    from engine.train import NonFiniteLoss, StepDataset, StepWork, build_engine, seed_everything
+    from engine.train import NonFiniteLoss, StepDataset, StepWork, build_engine
     from parallel.mesh import open_mesh
 
     tasks = TASKS[3][:: layout.data_size(ranks.world())]
@@ -168,12 +170,12 @@ def arm(moment: int) -> None:
 
     begin = CheckpointFolder.begin
 
-    def began(*arguments: Any) -> Path:
+    def began(folder: CheckpointFolder, step: int, mesh: Mesh | None = None) -> Path:
         nonlocal saving
         saving = True
-        return begin(*arguments)
+        return begin(folder, step, mesh)
 
-    CheckpointFolder.begin = began  # type: ignore[method-assign]
+    CheckpointFolder.begin = began  # type: ignore[method-assign,assignment]
     for owner, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace")):
         counted(owner, name)
 

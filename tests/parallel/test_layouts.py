@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine.run import Run
 from parallel.layout import ParallelConfig
 from tests.parallel import ranks
 from tests.parallel.small import TASKS, TEXT_ROWS, SmallStage, small_run
 
 STEPS = 3  # in every run of the tests; the slow ones do twenty
+# At the rates of `small` a matching of masks flips after a dozen steps, on rounding alone.
+GENTLE = 0.1
 Curve = list[tuple[dict[str, float], float]]
 
 
@@ -20,8 +23,9 @@ def curves(
     rank: int, layout: ParallelConfig, stages: tuple[int, ...], steps: int, changes: dict[str, Any]
 ) -> dict[int, Curve]:
     """(terms, gradient norm) of every step of each stage."""
+    from engine.process import seed_everything
     from engine.run import derive_seed
-    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from engine.train import StepDataset, StepWork, build_engine
     from parallel.mesh import open_mesh
 
     found: dict[int, Curve] = {}
@@ -29,6 +33,8 @@ def curves(
         data = 1 if layout.data_size(ranks.world()) == 1 else 2
         tasks = changes.get("micro_batches", TASKS[number])[::data]
         run = small_run(number, **{**changes, "parallel": layout, "micro_batches": tasks})
+        if steps == 20:
+            run = gentle(run)
         stage = SmallStage(number)
         with open_mesh(layout) as mesh:
             seed_everything(derive_seed(run.seed, "build"))
@@ -41,6 +47,11 @@ def curves(
     return found
 
 
+def gentle(run: Run) -> Run:
+    """The run at a tenth of its rates."""
+    return dataclasses.replace(run, rates={g: GENTLE * rate for g, rate in run.rates.items()})
+
+
 def run(
     size: int,
     layout: ParallelConfig,
@@ -48,7 +59,7 @@ def run(
     steps: int = STEPS,
     **changes: Any,
 ) -> dict[int, Curve]:
-    answers = ranks.run(size, curves, layout, stages, steps, changes, seconds=600)
+    answers = ranks.run(size, curves, layout, stages, steps, changes)
     assert all(answer == answers[0] for answer in answers), "ranks report different numbers"
     found: dict[int, Curve] = answers[0]
     return found
@@ -101,6 +112,8 @@ def test_a_few_steps_equal_one_process(name: str, single: dict[int, Curve]) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_twenty_steps_equal_one_process(name: str, whole: dict[int, Curve]) -> None:
+    first, last = whole[3][0][0], whole[3][-1][0]
+    assert abs(last["editing/bce"] - first["editing/bce"]) > 1  # the losses move
     size, layout = LAYOUTS[name]
     found = run(size, ParallelConfig(**layout), steps=20)
     for stage, curve in found.items():
@@ -112,13 +125,23 @@ def whole() -> dict[int, Curve]:
     return run(1, ParallelConfig(), steps=20)
 
 
+# One micro-batch has no picture, and lengths differ: the interleaved schedule pads both.
+ONE_SIZE = (("editing", 1), ("vqa", 1), ("interactive", 1), ("editing", 1))
+
+
 def test_interleaved_pipeline_and_four_ranks_equal_one_process() -> None:
-    """One micro-batch has no picture, and lengths differ: the interleaved schedule pads both."""
-    tasks = (("editing", 1), ("vqa", 1), ("interactive", 1), ("editing", 1))
-    expected = run(1, ParallelConfig(), (3,), micro_batches=tasks)[3]
-    for size, layout in ((2, {"pp": 2, "vpp": 2}), (4, {"tp": 2, "pp": 2})):
-        found = run(size, ParallelConfig(**layout), (3,), micro_batches=tasks)[3]
+    expected = run(1, ParallelConfig(), (3,), micro_batches=ONE_SIZE)[3]
+    for size, layout in ((2, ParallelConfig(pp=2, vpp=2)), (4, ParallelConfig(tp=2, pp=2))):
+        found = run(size, layout, (3,), micro_batches=ONE_SIZE)[3]
         assert worst(found, expected) <= 1e-4, layout
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_an_interleaved_pipeline_equal_one_process() -> None:
+    expected = run(1, ParallelConfig(), steps=20, micro_batches=ONE_SIZE)
+    found = run(2, ParallelConfig(pp=2, vpp=2), steps=20, micro_batches=ONE_SIZE)
+    for stage, curve in found.items():
+        assert worst(curve, expected[stage]) <= 1e-4, f"stage {stage}"
 
 
 def test_untied_tables_equal_one_process() -> None:
@@ -136,8 +159,9 @@ def test_interleaving_refuses_micro_batches_of_several_sizes() -> None:
 
 def table_after(rank: int, layout: ParallelConfig) -> list[float]:
     """How far each row of this rank's shard of the token table moves in a step of stage 2."""
+    from engine.process import seed_everything
     from engine.run import derive_seed
-    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from engine.train import StepDataset, StepWork, build_engine
     from parallel.mesh import open_mesh
 
     run = small_run(2, parallel=layout)
@@ -169,8 +193,9 @@ def gradients(rank: int, layout: ParallelConfig) -> dict[str, Any]:
 
     As arrays, which outlive their process.
     """
+    from engine.process import seed_everything
     from engine.run import derive_seed
-    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from engine.train import StepDataset, StepWork, build_engine
     from parallel.mesh import open_mesh
     from parallel.weight_map import unshard
 

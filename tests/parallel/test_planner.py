@@ -23,7 +23,14 @@ H100 = GPUS["h100"]
 
 
 @pytest.fixture(scope="module")
-def stage3() -> Workload:
+def stage3(loaded: Workload) -> Workload:
+    """As the run has it: with the diffusion decoder in host memory."""
+    parts = {name: cost for name, cost in loaded.parts.items() if name != "diffusion"}
+    return dataclasses.replace(loaded, parts=parts)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Workload:
     rates = {
         "trunk.*": 2e-5,
         "front.vanilla.*": 2e-6,
@@ -87,7 +94,7 @@ def measured_peak(stage: int, size: int) -> float:
         engine = build_engine(run, SmallStage(stage), mesh)
         data = StepDataset(run, SmallStage(stage), 0, 1)
         engine.step(0, data[0], StepWork(run, SmallStage(stage), 0, mesh))
-        states = engine.optimizer.state.values()  # type: ignore[attr-defined]
+        states = engine.optimizers[0].state.values()  # type: ignore[attr-defined]
         held = [*engine.model.parameters(), *(t for state in states for t in state.values())]
         held += [p.grad for p in engine.model.parameters() if p.grad is not None]
         work = StepWork(run, SmallStage(stage), 1, mesh)
@@ -124,12 +131,26 @@ def test_less_memory_asks_for_splitting_and_too_little_says_so(stage3: Workload)
 
 
 def test_splitting_divides_the_weights(stage3: Workload) -> None:
-    whole = weight_bytes(stage3, ParallelConfig(), 1, 0, "bf16")
+    one = ParallelConfig(trunk="megatron")
+    whole = weight_bytes(stage3, one, 1, 0, "bf16")
     split = weight_bytes(stage3, ParallelConfig(tp=2, pp=2), 1, 0, "bf16")
     assert 0.2 * whole < split < 0.5 * whole
-    sharded = weight_bytes(stage3, ParallelConfig(), 8, 0, "bf16")
+    sharded = weight_bytes(stage3, one, 8, 0, "bf16")
     trainable = stage3.parts["trunk"].trainable
     assert whole - sharded > trainable * 12 * 7 / 8
+
+
+def test_a_stage_that_is_not_split_holds_everything_on_every_rank(loaded: Workload) -> None:
+    """fp32 weights, gradients and both moments of what learns, and a bf16 copy under autocast."""
+    huge = dataclasses.replace(H100, memory=1e12)
+    plans = plan(loaded, huge, 8, 256, whole=True)
+    assert {(p.layout.tp, p.layout.pp, p.layout.megatron) for p in plans} == {(1, 1, False)}
+    learning = sum(part.trainable for part in loaded.parts.values())
+    frozen = sum(part.frozen for part in loaded.parts.values())
+    assert frozen > 2.5e9  # the diffusion decoder, which stage 3 holds and does not call
+    assert plans[0].weights == pytest.approx(learning * 18 + frozen * 4)
+    with pytest.raises(PlanError, match="nothing fits h100"):
+        plan(loaded, H100, 8, 256, whole=True)
 
 
 def test_table_is_labelled_as_a_model(stage3: Workload) -> None:

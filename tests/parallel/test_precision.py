@@ -68,10 +68,11 @@ def test_fp8_of_a_whole_model_is_refused() -> None:
 
 def first_step(rank: int, precision: str) -> tuple[dict[str, float], list[int]]:
     """Terms of the first step, and the lengths that the first layer saw on this rank."""
+    from engine.process import seed_everything
     from engine.run import derive_seed
-    from engine.train import StepDataset, StepWork, seed_everything
+    from engine.train import StepDataset, StepWork
 
-    spec.fp8_problem = lambda: None  # type: ignore[assignment]
+    spec.fp8_problem = lambda: None
     layout = ParallelConfig(tp=2, sequence_parallel=True)
     run = small_run(3, parallel=layout, precision=precision)
     stage = SmallStage(3)

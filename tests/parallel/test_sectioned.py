@@ -113,7 +113,8 @@ def test_warm_up_keeps_text_rows_by_a_count_that_a_split_table_knows() -> None:
 
 
 def curves(rank: int, layout: ParallelConfig, steps: int) -> dict[int, Any]:
-    from engine.train import StepDataset, StepWork, build_engine, seed_everything
+    from engine.process import seed_everything
+    from engine.train import StepDataset, StepWork, build_engine
     from parallel.mesh import open_mesh
 
     found: dict[int, Any] = {}

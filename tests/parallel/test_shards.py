@@ -16,8 +16,10 @@ import pytest
 from parallel.layout import ParallelConfig
 from tests.parallel import ranks
 from tests.parallel.small import TASKS, SmallStage, small_run
+from tests.parallel.test_layouts import gentle
 
 CUT, END, FAR = 3, 6, 13  # a run is cut after 3 steps; it ends after 6, the slow tests' after 13
+AFAR: dict[str, Any] = {"steps": FAR, "rates": gentle(small_run(3)).rates}
 WHOLE = ParallelConfig(trunk="megatron")
 
 
@@ -86,8 +88,8 @@ def test_another_layout_goes_on_as_if_nothing_had_happened(
 def far(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same two, ten steps longer than the cut: one process uncut, four ranks cut."""
     folder = tmp_path_factory.mktemp("far")
-    go(1, folder / "uncut", WHOLE, FAR, steps=FAR)
-    go(4, folder / "cut", ParallelConfig(tp=2, pp=2), CUT, steps=FAR)
+    go(1, folder / "uncut", WHOLE, FAR, **AFAR)
+    go(4, folder / "cut", ParallelConfig(tp=2, pp=2), CUT, **AFAR)
     return folder / "uncut", folder / "cut"
 
 
@@ -109,7 +111,7 @@ def test_the_next_ten_steps_at_another_layout_equal_the_uncut_run(
     uncut, cut = far
     folder = tmp_path / "run"
     shutil.copytree(cut, folder)
-    said = go(size, folder, ParallelConfig(**layout), FAR, steps=FAR)
+    said = go(size, folder, ParallelConfig(**layout), FAR, **AFAR)
     assert f"resuming after step {CUT}" in said
     assert len(curve(folder, FAR)) - CUT == 10
     assert worst(folder, uncut, FAR) <= 1e-4
