@@ -19,22 +19,25 @@ NUMPY = {
     torch.int64: "int64",
     torch.bool: "bool",
 }
+# Where a graph in memory finds the files it refers to.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxExecutable:
-    """One session. Inputs are read and outputs written where they lie, without copies."""
+    """One session over a graph; inputs are read and outputs written where they lie."""
 
-    def __init__(self, path: Path, part: BundlePart) -> None:
+    def __init__(self, path: Path, part: BundlePart, graph: bytes) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         offered = onnxruntime.get_available_providers()
         providers = [p for p in ("CUDAExecutionProvider",) if p in offered]
         try:
             self.session: Any = onnxruntime.InferenceSession(
-                str(path), options, providers=[*providers, "CPUExecutionProvider"]
+                graph, options, providers=[*providers, "CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             reason = " ".join(str(error).split())[:300]
@@ -92,10 +95,12 @@ class OnnxBackend:
     def open(self, bundle: Bundle, part: BundlePart) -> Executable:
         """Open a session, after making sure that the graph refers to the bundle's files alone."""
         from engine.export.graph_check import check_external_data
+        from engine.serve.backends.onnx_graph import rewrite
 
         path = bundle.file(part.name, "onnx")
-        check_external_data(bundle, path)
-        return OnnxExecutable(path, part)
+        graph = check_external_data(bundle, path)
+        rewrite(graph)
+        return OnnxExecutable(path, part, graph.SerializeToString())
 
 
 BACKEND = OnnxBackend()
