@@ -31,7 +31,15 @@ from focus.geometry import Letterbox
 from focus.model import CONDITION_KINDS, FocusModel
 from focus.pictures import read_picture, rgb_of
 from focus.pipeline import Pipeline, Session, codes_of, to_uint8
-from focus.pretrained import WEIGHTS, SkipRandom, find_model, load_weights, read_config, save_model
+from focus.pretrained import (
+    WEIGHTS,
+    SkipRandom,
+    find_model,
+    load_weights,
+    parameters_in,
+    read_config,
+    save_model,
+)
 from focus.prompts import REGION
 from focus.regions import Region, region_mask
 from focus.request import Bitmap, EditResult, Pixels, Request, RequestError, SegmentResult
@@ -67,14 +75,15 @@ class Focus:
         return self.model.config
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> Focus:
+    def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> Focus:
         """Load a directory, or a model that ships with FOCUS ("focus-tiny").
 
+        dtype: precision of the weights in memory; torch.bfloat16 halves it and runs every task.
         Raises `CheckpointMismatch` when files are missing, truncated, pickled or of another config.
         """
         directory = find_model(name)
         config = read_config(directory)
-        with SkipRandom():
+        with SkipRandom(), parameters_in(dtype):
             model = FocusModel(config)
         load_weights(model, directory / WEIGHTS)
         vocabulary = Vocabulary.load(directory)

@@ -137,7 +137,7 @@ def measure(config: FocusConfig, bucket: Bucket) -> Operations:
     up, stride = config.diffusion.upscale, config.diffusion.vae.stride
     latent = (bucket.size[0] * up // stride, bucket.size[1] * up // stride)
     with FakeTensorMode(), torch.no_grad():
-        fake = _fake(config)
+        fake = fake_model(config)
         front, heads = fake.front, fake.heads
         pictures = Pictures(
             vanilla=torch.empty(1, 3, *bucket.vit_size),
@@ -247,7 +247,7 @@ def describe(config: FocusConfig, *, flops: bool = True) -> dict[str, Any]:
     return report
 
 
-def _fake(config: FocusConfig) -> FocusModel:
+def fake_model(config: FocusConfig) -> FocusModel:
     """Return a model of fake CPU tensors; call it inside a FakeTensorMode."""
     with unset_fake_temporarily():
         model = build_meta(config).requires_grad_(False)

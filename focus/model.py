@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus.adapter import GatedAdapter
-from focus.batch import Batch, Pictures, Source
+from focus.batch import Batch, Pictures, Source, move
 from focus.config import FocusConfig
 from focus.diffusion.decoder import DiffusionDecoder
 from focus.llm import Qwen2Trunk
@@ -119,6 +119,7 @@ class Front(nn.Module):
 
     def encode(self, pictures: Pictures) -> Features:
         """Run both encoders, the fusion (eq. 1-2), the pixel encoder and the adapter (eq. 3-4)."""
+        pictures = self._fit(pictures)
         low = self.vanilla(pictures.vanilla)
         grid = self.grid_of(pictures)
         maps = self.maps_of(pictures, low)
@@ -129,6 +130,13 @@ class Front(nn.Module):
         none = low.new_zeros(low.shape[0], 0, self.config.llm.dim)
         adapter = none if self.adapter is None else self.adapter(maps)
         return Features(maps=maps, low=low, fused=fused, pixel=pixel, adapter=adapter, grid=grid)
+
+    def _fit(self, pictures: Pictures) -> Pictures:
+        """Bring pictures to the precision of the weights."""
+        dtype = self.mask_queries.dtype
+        if pictures.pixel.dtype == dtype:
+            return pictures
+        return move(pictures, pictures.pixel.device, dtype)
 
     def maps_of(self, pictures: Pictures, low: Tensor) -> Sequence[Tensor]:
         """Four scales of pictures: of X_H, or without hierarchical encoder of X'_L."""
@@ -160,6 +168,7 @@ class Front(nn.Module):
     @torch.no_grad()
     def tokenize(self, pictures: Pictures) -> Codes:
         """Return the discrete semantic and pixel codes of pictures (frozen stage-1 tokenizer)."""
+        pictures = self._fit(pictures)
         grid = self.grid_of(pictures)
         low = self.vanilla(pictures.vanilla)
         fused = self.fusion(low, self.maps_of(pictures, low), grid)

@@ -176,7 +176,7 @@ class Pipeline:
         settings, config = self.settings, self.model.config
         tokenizer = self.model.front.tokenizer
         if settings.decoder == "pixel":
-            return tokenizer.decode(codes).clamp(0, 1)
+            return tokenizer.decode(codes).clamp(0, 1).float()
         rows, columns = codes.pixel.shape[-2:]
         height, width = rows * config.pixel.stride, columns * config.pixel.stride
         size = (height * config.diffusion.upscale, width * config.diffusion.upscale)
@@ -187,8 +187,9 @@ class Pipeline:
         seeds = [0] * len(codes.pixel) if seeds is None else seeds
         own = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = [torch.randn(shape, generator=generator) for generator in own]
-        return self.model.heads.diffusion.sample(
-            tokenizer.embed(codes),
+        weight = self.model.front.token_embedding.weight
+        painted = self.model.heads.diffusion.sample(
+            tokenizer.embed(codes).to(weight.dtype),
             masks,
             settings.steps,
             settings.guidance,
@@ -199,6 +200,7 @@ class Pipeline:
             noise=torch.stack(noise),
             states=states,
         )
+        return painted.float()
 
     def _unconditional(self, session: Session) -> State:
         """Read the other branch of guidance up to where its picture begins."""

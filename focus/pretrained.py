@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from focus.config import FORMAT_VERSION, FocusConfig, from_json, to_json
@@ -98,11 +100,34 @@ class SkipRandom(TorchFunctionMode):
         return func(*args, **given)
 
 
+@contextmanager
+def parameters_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Build modules whose parameters have `dtype` from the start (None: as modules want them).
+
+    A large model then never lies in memory at twice its size. Buffers (codebooks, tables of angles)
+    stay as they are.
+    """
+
+    def cast(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or not parameter.is_floating_point() or parameter.dtype == dtype:
+            return None
+        return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+
+    if dtype is None:
+        yield
+        return
+    handle = register_module_parameter_registration_hook(cast)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy a checkpoint into `model`; every tensor must be there and fit.
 
-    path: a safetensors file, an index or a model directory. Tensors are read one at a time; those
-    stored in half precision are widened, names of earlier format versions translated. Raises
+    path: a safetensors file, an index or a model directory. Tensors are read one at a time; each
+    is brought to the precision of the model, names of earlier format versions translated. Raises
     `CheckpointMismatch`, before anything is copied.
     """
     weights = Weights.open(path)

@@ -268,9 +268,11 @@ class DiffusionDecoder(nn.Module):
             size_index = size_index.repeat(len(branches))
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            latents = torch.cat([latents] * len(branches))
-            times = timestep.to(latents.device).expand(len(latents))
-            parts = self.predict(latents, stacked, times, contexts, size_index).chunk(len(branches))
+            # The schedule runs in the precision of the noise, the network in its own.
+            noisy = torch.cat([latents] * len(branches)).to(stacked.dtype)
+            times = timestep.to(latents.device).expand(len(noisy))
+            found = self.predict(noisy, stacked, times, contexts, size_index).to(latents.dtype)
+            parts = found.chunk(len(branches))
             if len(parts) == 1:
                 return parts[0]
             guided = parts[1] + guidance.tokens * (parts[0] - parts[1])

@@ -66,6 +66,7 @@ class LatentAutoencoder(nn.Module):
         self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
         """Standardised latents: the posterior's mean, or a sample of it."""
+        images = images.to(self._dtype)
         posterior = self.model.encode(images * 2.0 - 1.0).latent_dist
         latents = posterior.sample(generator) if sample else posterior.mode()
         standard: Tensor = (latents - self._axis(self.shift)) * self._axis(self.scale)
@@ -74,7 +75,7 @@ class LatentAutoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in the [0, 1] scale, not clamped."""
         latents = latents / self._axis(self.scale) + self._axis(self.shift)
-        decoded: Tensor = self.model.decode(latents, return_dict=False)[0]
+        decoded: Tensor = self.model.decode(latents.to(self._dtype), return_dict=False)[0]
         return decoded * 0.5 + 0.5
 
     @torch.no_grad()
@@ -83,6 +84,12 @@ class LatentAutoencoder(nn.Module):
         latents = self.model.encode(images * 2.0 - 1.0).latent_dist.mode().float()
         self.shift.copy_(latents.mean(dim=(0, 2, 3)))
         self.scale.copy_(1.0 / latents.std(dim=(0, 2, 3)).clamp(min=1e-6))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Precision of the weights; latents are standardised in at least that of the buffers."""
+        dtype: torch.dtype = self.model.decoder.conv_in.weight.dtype
+        return dtype
 
     @staticmethod
     def _axis(values: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class DualTokenizer(nn.Module):
 
     def decode(self, codes: Codes) -> Tensor:
         """Codes -> picture [B, 3, H, W] on the [0, 1] scale, not clamped."""
-        picture: Tensor = self.pixel_decoder(self.embed(codes))
+        dtype = self.pre_quantise.weight.dtype
+        picture: Tensor = self.pixel_decoder(self.embed(codes).to(dtype))
         return picture
 
     def train_step(

@@ -56,7 +56,8 @@ class HierarchicalEncoder(nn.Module):
                 "letterbox the picture first"
             )
         # The stages are called one by one: the wrapper's output hooks do not trace or export.
-        x = self.backbone.embeddings((images - self.mean) / self.std)
+        normed = ((images - self.mean) / self.std).to(images.dtype)
+        x = self.backbone.embeddings(normed)
         maps: list[Tensor] = []
         for index, stage in enumerate(self.backbone.encoder.stages, start=1):
             x = stage(x)

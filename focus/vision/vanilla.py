@@ -84,7 +84,8 @@ class VanillaEncoder(nn.Module):
                 f"picture sides must be multiples of {stride} pixels, got {height} x {width}; "
                 f"resize to {fitting[0]} x {fitting[1]}"
             )
-        x = self.patch(self.patches((images - self.mean) / self.std))
+        normed = ((images - self.mean) / self.std).to(images.dtype)
+        x = self.patch(self.patches(normed))
         table = self.table(height // stride, width // stride, images.device)
         windows = self.windows(height // stride, width // stride, images.device)
         for index, block in enumerate(self.blocks):
