@@ -40,16 +40,20 @@ class AotiBackend:
 
         def run(inputs: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found = package.run({name: value.to(device) for name, value in inputs.items()})
-            return {
-                name: into[name].copy_(value) if name in into else value
-                for name, value in found.items()
-            }
+            return {name: place(value, into.get(name)) for name, value in found.items()}
 
         return run
 
     @staticmethod
     def _device() -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def place(value: Tensor, target: Tensor | None) -> Tensor:
+    """Copy a value to where it is wanted, unless it lies there: caches are written in place."""
+    if target is None:
+        return value
+    return target if target.data_ptr() == value.data_ptr() else target.copy_(value)
 
 
 BACKEND = AotiBackend()

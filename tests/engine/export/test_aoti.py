@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from engine.export import aoti
 from engine.export.aoti import Package, Replay, check_inputs, compile_part, trace
+from engine.export.build import export_bundle
 from engine.export.errors import BackendUnavailable, BundleError, ExportError
 from engine.export.part import Dim, Part, tensor
 from engine.export.parts import list_parts, llm_decode
-from tests.engine.serve.small import small
+from engine.export.untrained import Untrained
+from engine.serve.backends.aoti_backend import place
+from tests.engine.serve.small import small, small_config
 
 
 class Square(nn.Module):
@@ -154,3 +157,27 @@ def test_a_package_runs_and_takes_new_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(package.run({"x": x})["y"], part.module(x))
     with pytest.raises(ExportError, match="weights for 2 constants expected, 1 are missing"):
         package.update({"linear.bias": part.module.linear.bias})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["codes_condition", "llm_decode"])
+def test_a_bundle_of_packages_verifies(name: str, tmp_path: Path) -> None:
+    """A gather with a resize, and the decode step with its caches, compiled and compared."""
+    bundle = export_bundle(
+        Untrained(small_config()), tmp_path / "b", only=[name], backends=["aoti"]
+    )
+    from engine.export.verify import verify
+
+    checks = verify(bundle, backends=["aoti"])
+    assert len(checks) == 3
+    assert all(check.passed for check in checks), checks
+    assert (bundle / f"{name}.pt2").is_file()
+
+
+def test_what_lies_in_place_is_not_copied() -> None:
+    cache = torch.zeros(2, 3)
+    assert place(cache, cache.view(2, 3)).data_ptr() == cache.data_ptr()
+    target = torch.ones(2, 3)
+    assert place(cache, target) is target
+    assert not target.any()
+    assert place(cache, None) is cache

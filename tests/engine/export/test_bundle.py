@@ -20,10 +20,12 @@ from engine.export.build import export_bundle, write_manifest  # noqa: E402
 from engine.export.bundle import MANIFEST, Bundle, describe_part, sha256  # noqa: E402
 from engine.export.errors import BackendUnavailable, BundleError, ExportError  # noqa: E402
 from engine.export.parts import list_parts  # noqa: E402
+from engine.export.untrained import Untrained  # noqa: E402
 from engine.export.verify import verify  # noqa: E402
 from engine.serve.backends import load  # noqa: E402
 from engine.serve.backends.model import assemble  # noqa: E402
 from focus import Focus  # noqa: E402
+from tests.engine.serve.small import small_config  # noqa: E402
 
 PART = "codes_condition"  # the quickest to export
 
@@ -60,6 +62,18 @@ def test_an_exported_part_verifies(exported: Path) -> None:
     checks = verify(exported)
     assert len(checks) == 3
     assert all(check.passed for check in checks), checks
+
+
+def test_half_precision_stays_within_its_limit(tmp_path: Path) -> None:
+    """One of our operators in fp16, body and all, against the same weights in fp32."""
+    out = export_bundle(
+        Untrained(small_config()), tmp_path / "b", only=["adapter"], precision="fp16"
+    )
+    checks = verify(out)
+    assert [check.limit for check in checks] == [4e-3] * 3
+    assert all(1e-6 < check.error <= 4e-3 for check in checks), checks
+    graph = onnx.load(str(out / "adapter.onnx"), load_external_data=False)
+    assert {value.type.tensor_type.elem_type for value in graph.graph.input} == {10}
 
 
 def test_weights_are_stored_once(exported: Path) -> None:
