@@ -27,6 +27,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def register(trt: Any, *, arch: str | None = None) -> list[str]:
 def _register(trt: Any, plugin: Plugin, arch: str | None) -> str:
     trtp, name = trt.plugin, f"{DOMAIN}::{plugin.name}"
     count, tensors = len(plugin.inputs), dict.fromkeys(plugin.inputs, trtp.TensorDesc)
-    returned = tuple[(trtp.TensorDesc,) * plugin.outputs]  # type: ignore[misc]
+    described = GenericAlias(tuple, (trtp.TensorDesc,) * plugin.outputs)
 
     def describe(*given: Any) -> Any:
         return plugin.describe(trtp, given[:count])
@@ -157,15 +158,15 @@ def _register(trt: Any, plugin: Plugin, arch: str | None) -> str:
         return made.symbol, made.ptx, launch, trtp.SymIntExprs.from_tuple(scalars)
 
     attributes = dict(plugin.attributes)
-    trtp.register(name)(_typed(describe, {**tensors, **attributes}, returned))
-    ends = {"outputs": tuple[(trtp.TensorDesc,) * plugin.outputs]}  # type: ignore[misc]
-    tuned = {**tensors, **attributes, **ends}
-    trtp.autotune(name)(_typed(autotune, tuned, list[trtp.AutoTuneCombination]))
+    trtp.register(name)(_typed(describe, {**tensors, **attributes}, described))
+    tuned = {**tensors, **attributes, "outputs": described}
+    combinations = GenericAlias(list, (trtp.AutoTuneCombination,))
+    trtp.autotune(name)(_typed(autotune, tuned, combinations))
     buffers = dict.fromkeys(plugin.inputs, trtp.Tensor)
-    written = {"outputs": tuple[(trtp.Tensor,) * plugin.outputs], "stream": int}  # type: ignore[misc]
+    written = {"outputs": GenericAlias(tuple, (trtp.Tensor,) * plugin.outputs), "stream": int}
     trtp.impl(name)(_typed(in_python, {**buffers, **attributes, **written}, None))
     if plugin.launch is not None:
-        result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
+        result = GenericAlias(tuple, (str, str, trtp.KernelLaunchParams, trtp.SymIntExprs))
         trtp.aot_impl(name)(_typed(ahead, {**tuned, "tactic": int}, result))
     return name
 
