@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerMaskedAttentionDecoder,
@@ -108,8 +109,9 @@ class SegmentationPredictor(nn.Module):
 
         features: res2..res5, [B, C_i, H / s, W / s]. mask_states: [B, N, llm_dim], hidden states at
         the mask-token positions. condition_states: [B, K, llm_dim], pooled hidden states of the
-        candidates. Differentiable in all of them. The pixel decoder runs in the precision of its
-        weights, outside autocast (deformable sampling loses too much in half precision).
+        candidates. Differentiable in all of them. The pixel decoder runs in at least fp32, outside
+        autocast and whatever its weights (deformable sampling in half precision loses too much, and
+        overflows at the paper's size on a CPU).
         Raises `SegmentError` on a wrong number of scales or queries or an unknown kind.
         """
         self._check(features, mask_states, condition_states, kind)
@@ -156,14 +158,25 @@ class SegmentationPredictor(nn.Module):
 
     def _decode_pixels(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         dtype = self.pixel_decoder.level_embed.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        arguments = {
+            "output_attentions": False,
+            "output_hidden_states": False,
+            "return_dict": True,
+        }
         with torch.autocast(features[0].device.type, enabled=False):
-            pixels = self.pixel_decoder(
-                [feature.to(dtype) for feature in features],
-                output_attentions=False,
-                output_hidden_states=False,
-                return_dict=True,
-            )
-        return pixels.mask_features, list(pixels.multi_scale_features)
+            given = [feature.to(wide) for feature in features]
+            if dtype == wide:
+                pixels = self.pixel_decoder(given, **arguments)
+            else:
+                state = (
+                    *self.pixel_decoder.named_parameters(),
+                    *self.pixel_decoder.named_buffers(),
+                )
+                widened = {n: t.to(wide) if t.is_floating_point() else t for n, t in state}
+                pixels = functional_call(self.pixel_decoder, widened, (given,), arguments)
+        levels = [level.to(dtype) for level in pixels.multi_scale_features]
+        return pixels.mask_features.to(dtype), levels
 
     def _memory(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         memory, positions = [], []
