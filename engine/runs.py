@@ -155,6 +155,45 @@ def focus_tiny_stage2() -> Run:
     )
 
 
+def focus_tiny_reading() -> Run:
+    """The trunk learns to look up what a text names (`engine/stages/reading.py`)."""
+    return Run(
+        name="focus_tiny_reading",
+        stage="reading",
+        model="focus_tiny",
+        steps=1200,
+        micro_batches=(
+            ("vqa", 14),
+            ("referring", 14),
+            ("vqa", 14),
+            ("editing", 10),
+            ("vqa", 14),
+            ("interactive", 12),
+            ("vqa", 14),
+            ("class", 8),
+            ("vqa", 14),
+            ("generation", 12),
+        ),
+        rates=_rates(1e-2, GATES)
+        | _rates(1e-3, LANGUAGE, PROJECTORS, MASK_DECODER, ("pointer.*",)),
+        muon={"trunk.*": 0.02},
+        warmup=30,
+        precision="bf16",
+        init_from="focus_tiny_stage2",
+        save_every=100,
+        panel_every=0,
+        extra={
+            "tasks_per_step": 2,
+            "segment_weight": 0.1,
+            "target_repeats": 6,
+            "edit_token_weight": 3.0,
+            "drop_text": 0.1,
+            "align": 768,
+            "align_share": 2.0,
+        },
+    )
+
+
 def focus_tiny_stage3() -> Run:
     """Multimodal pretraining with segmentation: trunk, adapters and mask decoder."""
     return Run(
@@ -175,7 +214,7 @@ def focus_tiny_stage3() -> Run:
         rates=_rates(1e-2, GATES) | _rates(1e-3, LANGUAGE, PROJECTORS, MASK_DECODER),
         warmup=100,
         precision="bf16",
-        init_from="focus_tiny_stage2",
+        init_from="focus_tiny_reading",
         save_every=100,
         panel_every=300,
         extra={
@@ -235,6 +274,7 @@ TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
     focus_tiny_stage1_tokenizer,
     focus_tiny_stage1_diffusion,
     focus_tiny_stage2,
+    focus_tiny_reading,
     focus_tiny_stage3,
     focus_tiny_stage4,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -136,7 +137,13 @@ _LOCATING = {
     "smallest": 0.03,
 }
 
-Asked = tuple[str, str]  # question, answer
+
+class Asked(NamedTuple):
+    """A question, its answer, and the numbers of the objects that it is about."""
+
+    question: str
+    answer: str
+    about: tuple[int, ...] = ()
 
 
 def _the(words: str) -> str:
@@ -167,7 +174,7 @@ def _attribute(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Ask
     words = _the(say(rng, query))
     if kind == "shape":  # not "what shape is the shape"
         words = re.sub(r"\b(shape|figure)\b", "object", words)
-    return _ask(rng, kind, x=words), answer
+    return Asked(_ask(rng, kind, x=words), answer, (i,))
 
 
 def _which(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Asked | None:
@@ -177,7 +184,7 @@ def _which(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Asked |
     query = refer(rng, scene, i, relation, "")
     if query is None or len(fitting(scene, describe(*scene.objects[i].pair))) > 1:
         return None
-    return _ask(rng, "which", x=_the(say(rng, query))), name(scene, i)
+    return Asked(_ask(rng, "which", x=_the(say(rng, query))), name(scene, i), (i,))
 
 
 def _count(rng: np.random.Generator, scene: Scene, i: int, unseen: bool) -> Asked:
@@ -196,7 +203,8 @@ def _count(rng: np.random.Generator, scene: Scene, i: int, unseen: bool) -> Aske
     wanted = describe(colour, shape)
     words = noun(rng, wanted)
     plural = words + ("es" if words.endswith("s") else "s")
-    return _ask(rng, "count", x=plural), str(len(fitting(scene, wanted)))
+    found = tuple(fitting(scene, wanted))
+    return Asked(_ask(rng, "count", x=plural), str(len(found)), found)
 
 
 def _absent(rng: np.random.Generator, scene: Scene, split: str) -> tuple[str, str]:
@@ -221,7 +229,8 @@ def _exists(rng: np.random.Generator, scene: Scene, i: int, split: str) -> Asked
         wanted = describe(word) if side == 0 else describe(None, word)
     else:
         wanted = describe(*(item.pair if yes else _absent(rng, scene, split)))
-    return _ask(rng, "exists", x=article(noun(rng, wanted))), "yes" if yes else "no"
+    asked = _ask(rng, "exists", x=article(noun(rng, wanted)))
+    return Asked(asked, "yes" if yes else "no", tuple(fitting(scene, wanted)))
 
 
 def _relation(rng: np.random.Generator, scene: Scene, i: int) -> Asked | None:
@@ -238,7 +247,8 @@ def _relation(rng: np.random.Generator, scene: Scene, i: int) -> Asked | None:
             yes = bool(rng.random() < 0.5)
             words = choose(rng, _RELATION_WORDS[relation if yes else opposite])
             x, y = f"the {noun(rng, a)}", f"the {noun(rng, b)}"
-            return _ask(rng, "relation", x=x, r=words, y=y), "yes" if yes else "no"
+            asked = _ask(rng, "relation", x=x, r=words, y=y)
+            return Asked(asked, "yes" if yes else "no", (i, j))
     return None
 
 
@@ -248,18 +258,18 @@ def _place(rng: np.random.Generator, scene: Scene, i: int) -> Asked | None:
     found = unique_description(rng, scene, i)
     if not clear or found is None:
         return None
-    return _ask(rng, "place", x=f"the {noun(rng, found)}"), place_of(item)
+    return Asked(_ask(rng, "place", x=f"the {noun(rng, found)}"), place_of(item), (i,))
 
 
 def _backdrop(rng: np.random.Generator, scene: Scene, kind: str) -> Asked | None:
     background = scene.background
     if kind == "background_pattern":
-        return _ask(rng, kind), background.kind
-    return None if background.kind == "gradient" else (_ask(rng, kind), background.first)
+        return Asked(_ask(rng, kind), background.kind)
+    return None if background.kind == "gradient" else Asked(_ask(rng, kind), background.first)
 
 
-def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, str, str]:
-    """A scene, a question about it and the answer: (kind, scene, question, answer).
+def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, Asked]:
+    """A scene and a question about it: (kind, scene, question).
 
     In `test_unseen` the object asked about is of a held-out pair, descriptions are of scenes with
     held-out pairs only, and nothing is asked about the background.
@@ -279,23 +289,23 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, str, str
         for i in askable(rng, scene, split):
             asked = make(scene, i)
             if asked is not None:
-                return kind, scene, *asked
+                return kind, scene, asked
 
 
 def further_questions(
     rng: np.random.Generator, scene: Scene, split: str, num: int, first: str
 ) -> tuple[Asked, ...]:
     """Up to `num` further questions about a scene, none of them asked twice or equal to `first`."""
-    found: dict[str, str] = {}
+    found: dict[str, Asked] = {}
     for _ in range(num):
         kind = pick(rng, {k: w for k, w in VQA.items() if k not in FREE_KINDS})
         make = _maker(rng, split, kind)
         for i in askable(rng, scene, split)[:3]:
             asked = make(scene, i)
-            if asked is not None and asked[0] != first:
-                found.setdefault(*asked)
+            if asked is not None and asked.question != first:
+                found.setdefault(asked.question, asked)
                 break
-    return tuple(found.items())
+    return tuple(found.values())
 
 
 def _maker(rng: np.random.Generator, split: str, kind: str) -> Callable[[Scene, int], Asked | None]:
@@ -309,6 +319,6 @@ def _maker(rng: np.random.Generator, split: str, kind: str) -> Callable[[Scene, 
         "place": lambda s, i: _place(rng, s, i),
         "background_colour": lambda s, i: _backdrop(rng, s, kind),
         "background_pattern": lambda s, i: _backdrop(rng, s, kind),
-        "describe": lambda s, i: (_ask(rng, kind), caption(rng, s)),
+        "describe": lambda s, i: Asked(_ask(rng, kind), caption(rng, s)),
     }
     return makers[kind]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.data.records import REGION_KINDS, TASKS, Mask, Record, RegionKind, Task
-from engine.data.scene_answer import further_questions, question
+from engine.data.scene_answer import Asked, further_questions, question
 from engine.data.scene_draw import render
 from engine.data.scene_edit import editing
 from engine.data.scene_expression import askable, reasoning, referring
@@ -33,7 +33,10 @@ MAX_TURNS = 10  # further questions of a training dialogue
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A sample before rendering. targets: (object, label) of each mask; regions: objects."""
+    """A sample before rendering. targets: (object, label) of each mask; regions: objects.
+
+    about: for each answer of a dialogue, the objects that its question is about.
+    """
 
     kind: str
     scene: Scene
@@ -46,6 +49,7 @@ class Draft:
     regions: tuple[int, ...] = ()
     region_kinds: tuple[RegionKind, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    about: tuple[tuple[int, ...], ...] = ()
 
 
 def _class(rng: np.random.Generator, split: str) -> Draft:
@@ -127,11 +131,18 @@ def _editing(rng: np.random.Generator, split: str) -> Draft:
 
 def _vqa(rng: np.random.Generator, split: str) -> Draft:
     """One question; in training several more about the same picture, as a dialogue."""
-    kind, scene, text, answer = question(rng, split)
-    turns: tuple[tuple[str, str], ...] = ()
+    kind, scene, first = question(rng, split)
+    further: tuple[Asked, ...] = ()
     if split == "train":
-        turns = further_questions(rng, scene, split, MAX_TURNS, text)
-    return Draft(kind=kind, scene=scene, text=text, answer=answer, turns=turns)
+        further = further_questions(rng, scene, split, MAX_TURNS, first.question)
+    return Draft(
+        kind=kind,
+        scene=scene,
+        text=first.question,
+        answer=first.answer,
+        turns=tuple((asked.question, asked.answer) for asked in further),
+        about=tuple(asked.about for asked in (first, *further)),
+    )
 
 
 _DRAFTS = {
@@ -220,22 +231,46 @@ class Requested:
     y: float
 
 
+def _plan(record_id: str, task: str | None = None) -> Draft:
+    """The draft behind a record of the built-in world, which its id names."""
+    parts = record_id.rsplit("-", 3)
+    found: str | None = None
+    if len(parts) == 4 and parts[1].isdigit() and parts[3].isdigit():
+        found = parts[2]
+    if found not in TASKS or task not in (None, found):
+        raise DataError(
+            f"expected an id like 'test-0-{task or 'vqa'}-7', got {record_id!r}; pass the id of a "
+            f"{task or 'any'} record of the built-in world"
+        )
+    return draft(found, parts[0], int(parts[1]), int(parts[3]))[0]
+
+
+def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
+    """Where the objects lie that each answer of a record is about, from its id alone.
+
+    Returns float32 [Q, rows * columns]: the share of each cell that they cover, one row for each
+    answer of a dialogue; of other tasks one row, for the objects to segment, point at or change.
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    plan = _plan(record_id)
+    about = plan.about or (tuple(i for i, _ in plan.targets) or plan.regions,)
+    if plan.changed is not None:
+        about = ((plan.changed,),)
+    if plan.after is plan.scene:  # a picture to draw shows nothing yet
+        about = ((),)
+    fine = 4
+    _, instances = render(plan.scene, (grid[0] * fine, grid[1] * fine))
+    covered = np.stack([np.isin(instances, [i + 1 for i in objects]) for objects in about])
+    cells = covered.reshape(len(about), grid[0], fine, grid[1], fine).mean((2, 4))
+    return np.asarray(cells.reshape(len(about), -1), np.float32)
+
+
 def requested(record_id: str) -> tuple[Requested, ...]:
     """The objects that a generation record's caption asks for, from its id alone.
 
     Raises: DataError when the id is not of a generation record of the built-in world.
     """
-    parts = record_id.rsplit("-", 3)
-    try:
-        split, seed, task, index = parts[0], int(parts[1]), parts[2], int(parts[3])
-    except (IndexError, ValueError):
-        task = ""
-    if task != "generation":
-        raise DataError(
-            f"expected an id like 'test-0-generation-7', got {record_id!r}; pass the id of a "
-            "generation record of the built-in world"
-        )
-    plan, _ = draft(task, split, seed, index)
+    plan = _plan(record_id, "generation")
     return tuple(
         Requested(colour=o.colour, shape=o.shape, size=o.size, x=o.x, y=o.y)
         for o in plan.scene.objects

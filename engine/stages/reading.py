@@ -1,0 +1,154 @@
+"""Reading, between stages 2 and 3: a trunk learns to look up in a picture what a text names.
+
+A public language model arrives with this skill; a trunk that starts from nothing has to acquire it,
+and next-token cross-entropy alone is slow to teach it: nothing is gained before a question's words
+are gathered where the answer begins, matched with the tokens that show them, and read out there.
+Four aids, none of which later stages need: rows of the token table are moved apart (words of one
+kind share nearly all of their embedding, and what cannot be told apart cannot be matched), visual
+tokens are aligned with words (`align.py`), the trunk's matrices follow Muon, and a middle layer
+learns to point:
+
+    p(s | q) = softmax_s(<W_q h_q, W_k h_s> / sqrt(d)),  loss = -log sum_s c_s p(s | q)
+
+q is the position where an answer begins, s a semantic token, c_s the share of its cell that the
+objects in question cover, 1 for the best covered.
+"""
+
+# B batch, T sequence, D LLM width, Q answers of a dialogue, S semantic tokens
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.data.scene_tasks import subjects
+from engine.data.source import config_of, draw_records
+from engine.data.words import tiny_vocabulary
+from engine.run import Run
+from engine.stages.align import align
+from engine.stages.multimodal import MultimodalStage, drop_texts
+from engine.stages.stage import Micro, load_initial
+from focus.batch import IGNORE, Batch, Source, move
+from focus.config import FocusConfig
+from focus.inputs import collate
+from focus.model import Features, FocusModel, gather
+
+WIDTH = 64  # of the pointer's queries and keys
+SPREAD = 0.1  # of the noise on a text row's entries; the rows' own are about as large
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingBatch:
+    """A micro-batch with what its answers are about: [B, Q, S], see `subjects`."""
+
+    batch: Batch
+    about: Tensor
+
+    def to(self, device: torch.device | str) -> ReadingBatch:
+        """Move every tensor."""
+        return move(self, device)
+
+
+class ReadingModel(FocusModel):
+    """FOCUS with the throw-away pointer beside it, on the states behind layer `depth`."""
+
+    def __init__(self, config: FocusConfig, depth: int) -> None:
+        super().__init__(config)
+        dim = config.llm.dim
+        self.pointer = nn.ModuleDict({name: nn.Linear(dim, WIDTH) for name in ("query", "key")})
+        self.depth = depth
+        self.states: Tensor | None = None
+        self.trunk.layers[depth - 1].register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.states = output
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Features | None]:
+        """See `FocusModel.forward`; the middle layer's states stay in `states` [B, T, D]."""
+        self.states = None
+        found: tuple[Tensor, Features | None] = super().forward(batch)
+        return found
+
+    def point(self, batch: Batch, about: Tensor) -> Tensor | None:
+        """Return the pointer's loss, or None when no answer is about an object."""
+        assert self.states is not None
+        states = F.rms_norm(self.states.float(), self.states.shape[-1:])
+        begins = answer_starts(batch, about.shape[1])  # [B, Q]
+        queries = states.gather(1, begins.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
+        keys = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
+        scores = self.pointer["query"](queries) @ self.pointer["key"](keys).transpose(1, 2)
+        chance = (scores.float() / WIDTH**0.5).softmax(-1)  # [B, Q, S]
+        most = about.amax(-1)
+        counted = (most > 0) & (begins >= 0)
+        if not bool(counted.any()):
+            return None
+        share = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
+        return -share[counted].clamp(min=1e-6).log().mean()
+
+
+def answer_starts(batch: Batch, num: int) -> Tensor:
+    """Positions [B, num] whose next token is the first of an answer; -1 where there are fewer."""
+    labelled = batch.labels != IGNORE
+    first = labelled & ~F.pad(labelled, (1, 0))[:, :-1]
+    number = first.cumsum(1) - 1
+    found = torch.full((len(first), num), -1, dtype=torch.int64, device=first.device)
+    row, place = first.nonzero(as_tuple=True)
+    kept = number[row, place] < num
+    found[row[kept], number[row, place][kept]] = place[kept]
+    return found
+
+
+class ReadingStage(MultimodalStage):
+    """Aids to reading, then a multimodal stage.
+
+    `extra`, beside a multimodal stage's: point_weight, point_layer, spread (of text rows), align
+    (scenes that the projection is first fitted to) and align_share (see `align`).
+    """
+
+    def build(self, run: Run) -> nn.Module:
+        """Return the model with the previous stage's weights, its text rows moved apart."""
+        self.run = run
+        model = ReadingModel(config_of(run), int(run.extra.get("point_layer", 3)))
+        load_initial(model, run.init_from, new=("pointer.*",))
+        table = model.front.token_embedding.weight
+        words = min(tiny_vocabulary(model.config).structure.values())
+        noise = torch.randn(words, table.shape[1], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            table[:words] += float(run.extra.get("spread", SPREAD)) * noise
+        count = int(run.extra.get("align", 0))
+        if count:
+            share = float(run.extra.get("align_share", 1.0))
+            align(model, tiny_vocabulary(model.config), count=count, share=share)
+        return model
+
+    def batches(self, run: Run, step: int, micro: Micro) -> ReadingBatch:  # type: ignore[override]
+        """Draw one task-homogeneous micro-batch with what its answers are about."""
+        config = config_of(run)
+        drawn = draw_records(run, step, micro)
+        seed = micro.seed(run, step)
+        records = drop_texts(drawn, float(run.extra.get("drop_text", 0.0)), seed)
+        batch = collate(records, config, tiny_vocabulary(config), seed=seed)
+        found = [
+            torch.from_numpy(subjects(old.id, config.vanilla.grid)) * (new is old)
+            for old, new in zip(drawn, records, strict=True)
+        ]
+        about = nn.utils.rnn.pad_sequence(found, batch_first=True)
+        return ReadingBatch(batch=batch, about=about)
+
+    def losses(  # type: ignore[override]
+        self, model: nn.Module, batch: ReadingBatch, step: int
+    ) -> dict[str, Tensor]:
+        """Return a multimodal stage's terms and the pointer's."""
+        assert isinstance(model, ReadingModel) and self.run is not None
+        terms = super().losses(model, batch.batch, step)
+        pointed = model.point(batch.batch, batch.about)
+        if pointed is not None:
+            weight = float(self.run.extra.get("point_weight", 1.0))
+            terms[f"{batch.batch.task}/point"] = weight * pointed
+        return terms
+
+
+STAGE = ReadingStage
