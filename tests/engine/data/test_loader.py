@@ -211,6 +211,22 @@ def test_a_clip_gives_frames_with_their_own_masks(tmp_path: Path) -> None:
     assert loader.load(mixed.pick(0)).records[0].task == "referring"
 
 
+def test_a_clip_gives_pairs_of_frames_with_numbered_objects(tmp_path: Path) -> None:
+    write(tmp_path, [item for item in items() if item.task == "video"])
+    mixed = Mixture([Part(dataset=str(tmp_path), task="video", weight=1, size=1)])
+    settings = Settings(frame=(60, 60), sizes=SIZES, crop=False)
+    loader = Loader(mixed, open_decoder("pil"), settings, pairs=True)
+    seen = set()
+    for index in range(12):
+        one, two = loader.load(mixed.pick(index)).records
+        assert one.id == two.id
+        assert one.image is not None and not np.array_equal(one.image, two.image)
+        for record in (one, two):
+            assert len(record.objects) == len(record.masks) == len(set(record.objects))
+        seen.add((one.objects, two.objects))
+    assert {objects for pair in seen for objects in pair} == {(0, 1), (1,)}
+
+
 def test_memory_stays_flat(tmp_path: Path) -> None:
     given = [
         Item(key=f"p{n}", task="vqa", text="?", answer="a", image=jpeg(n, (32, 32)))
