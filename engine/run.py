@@ -185,7 +185,7 @@ def _assign(record: Any, path: str, text: str, whole: str) -> Any:
     if rest and dataclasses.is_dataclass(value):
         changed = _assign(value, rest, text, whole)
     elif rest and isinstance(value, Mapping):
-        hint = float if name == "rates" else Any
+        hint = float if name in ("rates", "muon") else Any
         changed = {**value, rest: _parse(text, hint, whole)}
     elif rest:
         raise RunError(f"{whole}: {name!r} has no fields of its own")
@@ -208,7 +208,7 @@ def _parse(text: str, hint: Any, path: str) -> Any:
 def _literal(text: str, hint: Any) -> Any:
     if hint is str or typing.get_origin(hint) is Literal:
         return text
-    if str in typing.get_args(hint):
+    if typing.get_origin(hint) in (Union, types.UnionType) and str in typing.get_args(hint):
         return None if text.lower() in ("none", "null") else text
     lowered = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in lowered:

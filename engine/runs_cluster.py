@@ -263,7 +263,7 @@ def focus_300m_stage1_tokenizer_256() -> Run:
 
 def focus_300m_stage1_tokenizer_512() -> Run:
     """As focus_3b's."""
-    return _tokenizer("focus_300m", 512, 28_000, 2, "focus_300m_stage1_tokenizer_256")
+    return _tokenizer("focus_300m", 512, 28_000, 4, "focus_300m_stage1_tokenizer_256")
 
 
 def focus_300m_stage1_diffusion_512() -> Run:

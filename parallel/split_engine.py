@@ -155,7 +155,8 @@ class SplitEngine:
             for _, parameter, made_of in chunk.llm.entries():
                 if made_of.names == (FOCUS.table,) and parameter.requires_grad:
                     first = parallel_state.get_tensor_model_parallel_rank() * len(parameter)
-                    parameter.main_grad[: max(0, self.frozen_rows - first)] = 0
+                    held: Any = parameter
+                    held.main_grad[: max(0, self.frozen_rows - first)] = 0
 
     def _update(self, number: int, found: tuple[float, dict[str, float]]) -> StepReport:
         loss, terms = found

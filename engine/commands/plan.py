@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(planned: Any, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from engine.workload import batch_of, workload_of
+    from engine.workload import STAGE1, batch_of, workload_of
     from parallel.planner import GPUS, data_demand, plan, refusals, render
 
     gpu = GPUS[args.gpu]
     work = workload_of(planned)
     batch = args.batch or batch_of(planned, args.gpus)
-    whole = not planned.parallel.megatron
+    whole = planned.stage in STAGE1
     plans = plan(work, gpu, args.gpus, batch, precision=planned.precision, whole=whole)
     best = plans[0]
     demand = data_demand(best, gpu, args.gpus)

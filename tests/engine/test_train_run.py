@@ -60,7 +60,7 @@ def test_override_reaches_nested_records_and_keeps_the_rest() -> None:
         ("steps=1.5", "int expected"),
         ("steps=true", "int expected"),
         ("steps=0", "steps must be at least 1"),
-        ("precision=fp8", "'fp32' or 'bf16' expected"),
+        ("precision=fp4", "'fp32' or 'bf16' or 'fp8' expected"),
         ("parallel.tpp=2", "no field 'tpp'"),
         ("steps.x=1", "has no fields of its own"),
         ("rates.llm.*=fast", "float expected"),

@@ -121,7 +121,7 @@ def test_eight_gpus_want_plain_data_parallelism(stage3: Workload) -> None:
 
 
 def test_less_memory_asks_for_splitting_and_too_little_says_so(stage3: Workload) -> None:
-    small = dataclasses.replace(H100, memory=30e9)
+    small = dataclasses.replace(H100, memory=40e9)
     best = plan(stage3, small, 8, 64)[0]
     assert best.layout.tp * best.layout.pp > 1
     with pytest.raises(PlanError, match=r"nothing fits h100 \(4 GiB\): the least is tp"):
