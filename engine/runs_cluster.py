@@ -160,7 +160,7 @@ def _stage3(scale: str, size: int, micro: int, after: str) -> Run:
     )
 
 
-def _stage4(scale: str, micro: int, after: str) -> Run:
+def _stage4(scale: str, micro: int, after: str, layout: ParallelConfig = MEGATRON) -> Run:
     return _run(
         f"{scale}_stage4",
         "instruct",
@@ -169,7 +169,7 @@ def _stage4(scale: str, micro: int, after: str) -> Run:
         samples=INSTRUCT,
         batch=256,
         micro_batches=_mixture(micro, editing=7, vqa=7, reasoning=2, referring=2, interactive=1),
-        parallel=MEGATRON,
+        parallel=layout,
         rates=_rates(2e-5, LANGUAGE) | _rates(2e-6, MASK_DECODER, MASK_ATTENTION),
     )
 
@@ -214,8 +214,12 @@ def focus_3b_stage3_512() -> Run:
 
 
 def focus_3b_stage4() -> Run:
-    """Instruction tuning: trunk, mask decoder, mask attention; codes of 512, drawn at 1024."""
-    return _stage4("focus_3b", 2, "focus_3b_stage3_512")
+    """Instruction tuning: trunk, mask decoder, mask attention; codes of 512, drawn at 1024.
+
+    One sample at a time and the trunk's activations computed again, or it would not fit 80 GB.
+    """
+    layout = ParallelConfig(trunk="megatron", recompute="full")
+    return _stage4("focus_3b", 1, "focus_3b_stage3_512", layout)
 
 
 def _world(number: str, task: str, size: int, after: str | None, rates: dict[str, float]) -> Run:
