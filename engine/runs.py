@@ -188,6 +188,7 @@ def focus_tiny_reading() -> Run:
             "target_repeats": 6,
             "edit_token_weight": 3.0,
             "drop_text": 0.1,
+            "nearby": True,
             "align": 768,
             "align_share": 2.0,
         },

@@ -56,7 +56,7 @@ def said(scene: Scene, words: dict[str, Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def _pooled(scene: Scene, words: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
+def pooled_words(scene: Scene, words: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
     """Mean of the words over each token's cell: [rows * columns, D]."""
     fine = 4
     _, instances = render(scene, (grid[0] * fine, grid[1] * fine))
@@ -91,7 +91,7 @@ def align(
         part: Sequence[Scene] = scenes[first : first + BATCH]
         images = [render(scene, config.hierarchical.image_size)[0] for scene in part]
         inputs.append(model.front.encode(to_pictures(images, config)).fused.e_img.flatten(0, 1))
-        targets += [_pooled(scene, words, config.vanilla.grid) for scene in part]
+        targets += [pooled_words(scene, words, config.vanilla.grid) for scene in part]
     features = torch.cat(inputs).double()
     weight, bias = ridge(features, torch.cat(targets))
     basis = torch.linalg.svd(torch.stack(list(words.values())).T, full_matrices=False).U

@@ -3,10 +3,10 @@
 A public language model arrives with this skill; a trunk that starts from nothing has to acquire it,
 and next-token cross-entropy alone is slow to teach it: nothing is gained before a question's words
 are gathered where the answer begins, matched with the tokens that show them, and read out there.
-Four aids, none of which later stages need: rows of the token table are moved apart (words of one
+Aids, none of which later stages need: rows of the token table are moved apart (words of one
 kind share nearly all of their embedding, and what cannot be told apart cannot be matched), visual
-tokens are aligned with words (`align.py`), the trunk's matrices follow Muon, and a middle layer
-learns to point:
+tokens are aligned with words (`align.py`), some heads start out looking nearby, where a question's
+words are (`look_nearby`), the trunk's matrices follow Muon, and an early layer learns to point:
 
     p(s | q) = softmax_s(<W_q h_q, W_k h_s> / sqrt(d)),  loss = -log sum_s c_s p(s | q)
 
@@ -37,6 +37,7 @@ from focus.inputs import collate
 from focus.model import Features, FocusModel, gather
 
 WIDTH = 64  # of the pointer's queries and keys
+NEARBY, PULL = 7, 2.0  # rotary pairs of a head that looks nearby, and their bias
 SPREAD = 0.1  # of the noise on a text row's entries; the rows' own are about as large
 
 
@@ -101,23 +102,50 @@ def answer_starts(batch: Batch, num: int) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def look_nearby(model: FocusModel) -> None:
+    """Let the query heads of the first key head start with attention that falls with distance.
+
+    Rotary positions turn constant queries and keys into a function of distance alone: biases of
+    b on the rotary pairs P add b^2 / sqrt(d) sum_{i in P} cos(theta_i distance) to the score. Each
+    of the heads takes seven pairs, from faster (nearer) to slower ones.
+    """
+    config = model.config.llm
+    half, heads = config.head_dim // 2, config.num_heads // config.num_kv_heads
+    for layer in model.trunk.layers:
+        attention = layer.self_attn
+        last = 0
+        for head in range(heads):
+            first = min(2 * head, max(0, half - NEARBY))
+            last = min(first + NEARBY, half)
+            bias = attention.q_proj.bias.view(config.num_heads, 2, half)[head]
+            bias.zero_()
+            bias[0, first:last] = PULL
+        key = attention.k_proj.bias.view(config.num_kv_heads, 2, half)[0]
+        key.zero_()
+        key[0, :last] = PULL
+
+
 class ReadingStage(MultimodalStage):
     """Aids to reading, then a multimodal stage.
 
-    `extra`, beside a multimodal stage's: point_weight, point_layer, spread (of text rows), align
-    (scenes that the projection is first fitted to) and align_share (see `align`).
+    `extra`, beside a multimodal stage's: point_weight, point_layer, spread (of text rows), nearby
+    (whether heads start out so), align (scenes that the projection is first fitted to) and
+    align_share (see `align`).
     """
 
     def build(self, run: Run) -> nn.Module:
         """Return the model with the previous stage's weights, its text rows moved apart."""
         self.run = run
-        model = ReadingModel(config_of(run), int(run.extra.get("point_layer", 3)))
+        model = ReadingModel(config_of(run), int(run.extra.get("point_layer", 2)))
         load_initial(model, run.init_from, new=("pointer.*",))
         table = model.front.token_embedding.weight
         words = min(tiny_vocabulary(model.config).structure.values())
         noise = torch.randn(words, table.shape[1], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             table[:words] += float(run.extra.get("spread", SPREAD)) * noise
+        if run.extra.get("nearby", False):
+            look_nearby(model)
         count = int(run.extra.get("align", 0))
         if count:
             share = float(run.extra.get("align_share", 1.0))

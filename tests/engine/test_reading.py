@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.scene_model import DataError
+from engine.data.scene_draw import render
+from engine.data.scene_model import DataError, random_scene, stream
 from engine.data.scene_tasks import draft, sample, subjects
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
-from engine.stages.reading import ReadingModel, ReadingStage, answer_starts
+from engine.stages.align import align, pooled_words, word_vectors
+from engine.stages.reading import ReadingModel, ReadingStage, answer_starts, look_nearby
 from engine.stages.stage import Micro
 from focus.batch import IGNORE
-from focus.inputs import collate
+from focus.inputs import collate, to_pictures
+from focus.model import FocusModel
 from focus.presets import focus_tiny
 
 CONFIG = focus_tiny()
@@ -112,3 +115,53 @@ def test_the_pointer_learns_to_point_and_text_rows_move_apart() -> None:
         optimizer.step()
     # A guess among all cells costs about 3, one among the cells of a picture's objects about 1.
     assert float(terms["vqa/point"].detach()) > 2 and float(loss.detach()) < 1
+
+
+def influence(model: FocusModel, distance: int) -> float:
+    """How much the first layer's last state listens to a token that far back."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 256, CONFIG.llm.dim, generator=generator)
+    tokens = (0.05 * tokens).requires_grad_(True)
+    states = model.trunk.layers[0](*layer_inputs(model, tokens))
+    states[0, -1].square().sum().backward()
+    assert tokens.grad is not None
+    return float(tokens.grad[0, -1 - distance].norm())
+
+
+def layer_inputs(model: FocusModel, tokens: torch.Tensor) -> tuple[object, ...]:
+    """Return what the trunk passes to its first layer."""
+    seen: list[tuple[object, ...]] = []
+    hook = model.trunk.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    model.trunk(tokens)
+    hook.remove()
+    return seen[0]
+
+
+def test_heads_that_look_nearby_listen_to_the_last_words() -> None:
+    torch.manual_seed(0)
+    model = FocusModel(CONFIG)
+    plain = influence(model, 4) / influence(model, 120)
+    look_nearby(model)
+    assert 0.2 < plain < 5
+    assert influence(model, 4) / influence(model, 120) > 3 * plain
+
+
+def test_alignment_lets_visual_tokens_say_what_they_show() -> None:
+    torch.manual_seed(0)
+    model, vocabulary = FocusModel(CONFIG), tiny_vocabulary(CONFIG)
+    torch.nn.init.normal_(model.front.token_embedding.weight, std=0.1)
+    words = word_vectors(model.front.token_embedding.weight.detach(), vocabulary)
+    scenes = [random_scene(stream("align", 0, i), "train") for i in range(24)]
+
+    def agreement() -> float:
+        """Mean cosine of projected tokens and what lies under them."""
+        images = [render(scene, CONFIG.hierarchical.image_size)[0] for scene in scenes]
+        with torch.no_grad():
+            told = model.front.encode(to_pictures(images, CONFIG)).fused.projected
+        meant = torch.stack([pooled_words(scene, words, GRID) for scene in scenes])
+        told, meant = told.double() - told.double().mean((0, 1)), meant - meant.mean((0, 1))
+        return float(torch.cosine_similarity(told, meant, dim=-1).mean())
+
+    before = agreement()
+    align(model, vocabulary, count=24, share=2.0)
+    assert abs(before) < 0.1 and agreement() > 0.3  # encoders with random weights
