@@ -8,6 +8,7 @@ attentions (one multiply-add = 2), counted by running every part on fake tensors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,42 +135,55 @@ class Operations:
 
 def measure(config: FocusConfig, bucket: Bucket) -> Operations:
     """Count the operations of every step by running it on fake tensors."""
+    return measure_all(config, [bucket])[0]
+
+
+def measure_all(
+    config: FocusConfig, buckets: Sequence[Bucket], model: FocusModel | None = None
+) -> list[Operations]:
+    """The same at several buckets, with one model: that of `build_meta`, which is used up."""
+    with FakeTensorMode(), torch.no_grad():
+        fake = fake_model(config, model)
+        return [_measure(fake, bucket) for bucket in buckets]
+
+
+def _measure(fake: FocusModel, bucket: Bucket) -> Operations:
+    """Run every step on fake tensors, inside their mode."""
+    config = fake.config
     up, stride = config.diffusion.upscale, config.diffusion.vae.stride
     latent = (bucket.size[0] * up // stride, bucket.size[1] * up // stride)
-    with FakeTensorMode(), torch.no_grad():
-        fake = fake_model(config)
-        front, heads = fake.front, fake.heads
-        pictures = Pictures(
-            vanilla=torch.empty(1, 3, *bucket.vit_size),
-            hierarchical=torch.empty(1, 3, *config.hierarchical.image_size),
-            pixel=torch.empty(1, 3, *bucket.size),
-        )
-        encode, features = counted(lambda: front.encode(pictures))
-        codes = torch.empty(1, config.code_channels, *bucket.pixel_grid)
-        states = torch.empty(1, config.segment.num_queries, config.llm.dim)
-        grid = bucket.semantic_grid
+    front, heads = fake.front, fake.heads
+    pictures = Pictures(
+        vanilla=torch.empty(1, 3, *bucket.vit_size),
+        hierarchical=torch.empty(1, 3, *config.hierarchical.image_size),
+        pixel=torch.empty(1, 3, *bucket.size),
+    )
+    encode, features = counted(lambda: front.encode(pictures))
+    codes = torch.empty(1, config.code_channels, *bucket.pixel_grid)
+    states = torch.empty(1, config.segment.num_queries, config.llm.dim)
+    grid = bucket.semantic_grid
 
-        def paint() -> Tensor:
-            mask = torch.empty(1, config.diffusion.num_masks, *latent)
-            resized, context = heads.diffusion.conditions(codes, mask, latent)
-            noisy = torch.empty(1, config.diffusion.vae.latent_channels, *latent)
-            step = torch.zeros(1, dtype=torch.int64)
-            return heads.diffusion.predict(noisy, resized, step, context)
+    def paint() -> Tensor:
+        mask = torch.empty(1, config.diffusion.num_masks, *latent)
+        resized, context = heads.diffusion.conditions(codes, mask, latent)
+        noisy = torch.empty(1, config.diffusion.vae.latent_channels, *latent)
+        step = torch.zeros(1, dtype=torch.int64)
+        return heads.diffusion.predict(noisy, resized, step, context)
 
-        return Operations(
-            encode=encode,
-            tokenize=counted(
-                lambda: front.tokenizer.encode(features.fused.e_prime, features.pixel, grid)
-            )[0],
-            segment=counted(lambda: heads.segment(features.maps, states, states[:, :1], "text"))[0],
-            preview=counted(lambda: front.tokenizer.pixel_decoder(codes))[0],
-            unet=counted(paint)[0],
-            vae=counted(
-                lambda: heads.diffusion.vae.decode(
-                    torch.empty(1, config.diffusion.vae.latent_channels, *latent)
-                )
-            )[0],
-        )
+    return Operations(
+        encode=encode,
+        tokenize=counted(
+            lambda: front.tokenizer.encode(features.fused.e_prime, features.pixel, grid)
+        )[0],
+        segment=counted(lambda: heads.segment(features.maps, states, states[:, :1], "text"))[0],
+        preview=counted(lambda: front.tokenizer.pixel_decoder(codes))[0],
+        unet=counted(paint)[0],
+        vae=counted(
+            lambda: heads.diffusion.vae.decode(
+                torch.empty(1, config.diffusion.vae.latent_channels, *latent)
+            )
+        )[0],
+    )
 
 
 def read_tokens(config: FocusConfig, start: int, num: int) -> int:
@@ -238,8 +252,7 @@ def describe(config: FocusConfig, *, flops: bool = True) -> dict[str, Any]:
         sizes = [bucket_of(config)]
         if sizes[0].size != (512, 512) and len(report["buckets"]) > 1:
             sizes.append(next(b for b in BUCKETS if b.size == (512, 512)))
-        for bucket in sizes:
-            steps = measure(config, bucket)
+        for bucket, steps in zip(sizes, measure_all(config, sizes, model), strict=True):
             report["flops"]["{}x{}".format(*bucket.size)] = {
                 "steps": vars(steps),
                 "tasks": per_task(config, bucket, steps),
@@ -247,10 +260,10 @@ def describe(config: FocusConfig, *, flops: bool = True) -> dict[str, Any]:
     return report
 
 
-def fake_model(config: FocusConfig) -> FocusModel:
-    """Return a model of fake CPU tensors; call it inside a FakeTensorMode."""
+def fake_model(config: FocusConfig, model: FocusModel | None = None) -> FocusModel:
+    """Return a model of fake CPU tensors, made of `model` if given; call it in a FakeTensorMode."""
     with unset_fake_temporarily():
-        model = build_meta(config).requires_grad_(False)
+        model = (model or build_meta(config)).requires_grad_(False)
     model._apply(  # type: ignore[no-untyped-call]
         lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)
     )

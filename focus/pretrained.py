@@ -116,7 +116,7 @@ def parameters_in(dtype: torch.dtype | None) -> Iterator[None]:
     if dtype is None:
         yield
         return
-    handle = register_module_parameter_registration_hook(cast)
+    handle = register_module_parameter_registration_hook(cast)  # type: ignore[arg-type]
     try:
         yield
     finally:

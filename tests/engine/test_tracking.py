@@ -42,8 +42,10 @@ def test_pairs_show_two_frames_of_one_clip_with_its_objects_numbered() -> None:
         one, two = draw_pair(0, index, SIZE)
         found = clip("train", 0, index, 12, SIZE)
         assert one.id == two.id == found.id and one.classes == two.classes
-        assert one.image is not None and not np.array_equal(one.image, two.image)
+        assert one.image is not None and two.image is not None
+        assert not np.array_equal(one.image, two.image)
         for record in (one, two):
+            assert record.image is not None
             (frame,) = (t for t, f in enumerate(found.frames) if np.array_equal(f, record.image))
             assert len(record.objects) == len(record.masks) == len(set(record.objects))
             for number, mask, label in zip(
@@ -59,7 +61,8 @@ def test_a_batch_numbers_objects_over_the_frames_of_each_clip() -> None:
     assert len(records) == 4
     config = config_of(the_run())
     batch = collate(records, config, tiny_vocabulary(config))
-    assert batch.task == "class" and batch.mask_objects is not None
+    assert batch.task == "class"
+    assert batch.mask_objects is not None and batch.mask_labels is not None
     rows = [set(row[row >= 0].tolist()) for row in batch.mask_objects]
     assert rows[0] & rows[1] and rows[2] & rows[3] and not (rows[0] | rows[1]) & (rows[2] | rows[3])
     assert torch.equal(batch.mask_objects >= 0, batch.mask_labels >= 0)
@@ -261,7 +264,8 @@ def test_the_tracker_survives_crossing_disappearing_and_reappearing_objects() ->
     count = len(found.scenes[0].objects)
     rng = torch.Generator().manual_seed(0)
     faces = torch.nn.functional.normalize(torch.randn(count, 16, generator=rng), dim=-1) * 4
-    tracker, numbers, absent = Tracker(), {}, []
+    tracker, absent = Tracker(), []
+    numbers: dict[int, int] = {}
     for frame in found.instances:
         shown = [i for i in range(count) if (frame == i + 1).any()]
         absent.append(hidden not in shown)

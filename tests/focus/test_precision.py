@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -54,15 +56,16 @@ def test_half_precision_answers_as_full_precision_does(both: tuple[Focus, Focus]
     photo = record.image
     assert photo is not None
     box = Box(10, 10, 60, 60)
-    full, half = (
-        {
+
+    def answers(model: Focus) -> dict[str, Any]:
+        return {
             "referring": model.segment(photo, record.text).masks[0],
             "interactive": model.segment(photo, regions=[box]).masks[0],
             "class": model.segment(photo, "red circle, star", task="class").labels,
             "vqa": model.chat(photo, "how many objects are there?"),
         }
-        for model in both
-    )
+
+    full, half = map(answers, both)
     assert iou(full["referring"], half["referring"]) > 0.9
     assert iou(full["interactive"], half["interactive"]) > 0.9
     assert (full["class"], full["vqa"]) == (half["class"], half["vqa"])
