@@ -27,7 +27,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import GenericAlias
+from types import GenericAlias, ModuleType
 from typing import Any
 
 import numpy as np
@@ -248,9 +248,15 @@ def _kinds(inputs: Iterable[Any]) -> tuple[str, ...]:
     return tuple(TRITON[kind_of(library(), tensor.dtype)] for tensor in inputs)
 
 
-def _launch_lookup(trtp: Any, inputs: Sequence[Any], attributes: Any, arch: str) -> Launch:
-    from kernels.codebook_lookup import single
+def _single(operator: str) -> ModuleType:
+    """Return the single-launch kernel of an operator: rows per program, and its variants."""
+    from kernels import catalog
 
+    return catalog.optional("single")[operator]
+
+
+def _launch_lookup(trtp: Any, inputs: Sequence[Any], attributes: Any, arch: str) -> Launch:
+    single = _single("codebook_lookup")
     x, codes = inputs
     first, second = _kinds((x, codes))
     symbol, ptx, threads, shared = compiled(single.variant((first, second), int(x.shape[1])), arch)
@@ -268,8 +274,7 @@ def _launch_lookup(trtp: Any, inputs: Sequence[Any], attributes: Any, arch: str)
 def _launch_mask(
     trtp: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], arch: str
 ) -> Launch:
-    from kernels.mask_attention import single
-
+    single = _single("mask_attention")
     query, mask, keys, values, _, _ = inputs
     if int(mask.shape[1]) != 1:
         raise ExportError(
