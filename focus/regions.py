@@ -203,12 +203,16 @@ class RegionPooler(nn.Module):
 
 
 def pool_at(feature: Tensor, points: Tensor) -> Tensor:
-    """Mean of a map [B, C, h, w] over points [B, R, P, 2] in [0, 1]: [B, R, C]."""
-    grid = (2.0 * points - 1.0).to(feature.dtype)
+    """Mean of a map [B, C, h, w] over points [B, R, P, 2] in [0, 1]: [B, R, C].
+
+    Sampled in at least fp32: half precision would move the points by whole cells.
+    """
+    wide = torch.promote_types(feature.dtype, torch.float32)
+    grid = (2.0 * points - 1.0).to(wide)
     sampled = F.grid_sample(
-        feature, grid, mode="bilinear", padding_mode="border", align_corners=False
+        feature.to(wide), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
-    return sampled.mean(dim=-1).transpose(1, 2)
+    return sampled.mean(dim=-1).transpose(1, 2).to(feature.dtype)
 
 
 def fourier(points: Tensor) -> Tensor:
