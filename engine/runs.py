@@ -157,12 +157,32 @@ def focus_tiny_stage2() -> Run:
 
 
 def focus_tiny_reading() -> Run:
-    """The trunk learns to look up what a text names (`engine/stages/reading.py`)."""
+    """The trunk learns to look up what a question names, in pictures spelled out in words."""
     return Run(
         name="focus_tiny_reading",
         stage="reading",
         model="focus_tiny",
-        steps=1200,
+        steps=800,
+        micro_batches=(("vqa", 14),),
+        rates=_rates(3e-4, ("front.token_embedding.*",))
+        | _rates(1e-3, ("trunk.*", "front.position.*", "front.next_position.*", "pointer.*")),
+        muon={"trunk.*": 0.02},
+        warmup=30,
+        precision="bf16",
+        init_from="focus_tiny_stage2",
+        save_every=100,
+        panel_every=0,
+        extra={"segmentation": False, "spelled": True, "nearby": True},
+    )
+
+
+def focus_tiny_seeing() -> Run:
+    """The same lookup in pictures, their tokens aligned with words; and the other tasks begin."""
+    return Run(
+        name="focus_tiny_seeing",
+        stage="reading",
+        model="focus_tiny",
+        steps=600,
         micro_batches=(
             ("vqa", 14),
             ("referring", 14),
@@ -175,13 +195,15 @@ def focus_tiny_reading() -> Run:
             ("vqa", 14),
             ("generation", 12),
         ),
-        # Visual tokens stay as aligned: at the trunk's rate they lose what they say within 100 steps.
+        # Visual tokens stay as aligned: at the trunk's rate they lose it within 100 steps.
         rates=_rates(3e-4, ("front.token_embedding.*",))
         | _rates(1e-3, ("trunk.*", "front.mask_queries", "pointer.*"), MASK_DECODER, PLACES),
         muon={"trunk.*": 0.02},
-        warmup=30,
+        schedule="cosine",
+        floor=0.05,
+        warmup=10,
         precision="bf16",
-        init_from="focus_tiny_stage2",
+        init_from="focus_tiny_reading",
         save_every=100,
         panel_every=0,
         extra={
@@ -190,7 +212,7 @@ def focus_tiny_reading() -> Run:
             "target_repeats": 6,
             "edit_token_weight": 3.0,
             "drop_text": 0.1,
-            "nearby": True,
+            "spread": 0.0,
             "align": 768,
             "align_share": 2.0,
         },
@@ -217,7 +239,7 @@ def focus_tiny_stage3() -> Run:
         rates=_rates(1e-2, GATES) | _rates(1e-3, LANGUAGE, PROJECTORS, MASK_DECODER),
         warmup=100,
         precision="bf16",
-        init_from="focus_tiny_reading",
+        init_from="focus_tiny_seeing",
         save_every=100,
         panel_every=300,
         extra={
@@ -278,6 +300,7 @@ TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
     focus_tiny_stage1_diffusion,
     focus_tiny_stage2,
     focus_tiny_reading,
+    focus_tiny_seeing,
     focus_tiny_stage3,
     focus_tiny_stage4,
 )

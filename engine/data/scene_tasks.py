@@ -245,6 +245,14 @@ def _plan(record_id: str, task: str | None = None) -> Draft:
     return draft(found, parts[0], int(parts[1]), int(parts[3]))[0]
 
 
+def scene_of(record_id: str) -> Scene:
+    """The scene behind a record, from its id alone.
+
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    return _plan(record_id).scene
+
+
 def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     """Where the objects lie that each answer of a record is about, from its id alone.
 

@@ -10,7 +10,7 @@ with R the centred features, Y the centred sums. What the projection told beside
 tells. k sets the words' share.
 """
 
-# N tokens, C channels of e, D LLM width, V words
+# N tokens, C channels of e, D LLM width, V text rows of the token table
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.data.scene_draw import render
@@ -39,30 +40,47 @@ SHRINK = 1e-4  # of the mean variance, added to every direction of the regressio
 BACKDROP = "background"
 
 
-def word_vectors(table: Tensor, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Return the centred embeddings [D] of the words that name objects and backgrounds."""
-    backdrops = [word for name in BACKGROUND_COLOURS for word in name.split()]
-    words = dict.fromkeys((*SHAPES, *SIZES, *COLOURS, *backdrops, BACKDROP))
-    rows = {word: table[vocabulary.encode(" " + word)].mean(0).double() for word in words}
-    mean = torch.stack(list(rows.values())).mean(0)
-    return {word: row - mean for word, row in rows.items()}
+def _rows(word: str, vocabulary: Vocabulary) -> list[int]:
+    """Rows of the table that write a word."""
+    return vocabulary.encode(" " + word)
 
 
-def said(scene: Scene, words: dict[str, Tensor]) -> Tensor:
-    """Return what the background (first row) and each object is called: [1 + objects, D]."""
-    behind = scene.background.first.split()
-    rows = [words[BACKDROP] + torch.stack([words[w] for w in behind]).mean(0)]
-    rows += [words[o.colour] + words[o.shape] + words[o.size] for o in scene.objects]
-    return torch.stack(rows)
+def _names(scene: Scene) -> list[list[str]]:
+    """Return what the background (first) and each object is called, word by word."""
+    backdrop = [BACKDROP, *scene.background.first.split()]
+    return [backdrop, *([o.colour, o.shape, o.size] for o in scene.objects)]
 
 
-def pooled_words(scene: Scene, words: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-    """Mean of the words over each token's cell: [rows * columns, D]."""
+def spoken(scene: Scene, vocabulary: Vocabulary, grid: tuple[int, int]) -> Tensor:
+    """Return how much of each text row a token says: [rows * columns, V] float32.
+
+    Every word for what lies in a token's cell counts by the share of the cell that it covers.
+    """
     fine = 4
     _, instances = render(scene, (grid[0] * fine, grid[1] * fine))
-    shown = said(scene, words)[torch.from_numpy(instances.astype(np.int64))]
-    cells = shown.view(grid[0], fine, grid[1], fine, -1).mean((1, 3))
-    return cells.flatten(0, 1)
+    names = _names(scene)
+    said = torch.zeros(len(names), text_rows(vocabulary))
+    for row, words in enumerate(names):
+        for word in words:
+            found = _rows(word, vocabulary)
+            said[row, found] += 1 / len(found)
+    share = F.one_hot(torch.from_numpy(instances.astype(np.int64)), len(names)).float()
+    cells = share.view(grid[0], fine, grid[1], fine, -1).mean((1, 3)).flatten(0, 1)
+    return cells @ said
+
+
+def text_rows(vocabulary: Vocabulary) -> int:
+    """Number of rows of the table before those of pictures."""
+    return min(vocabulary.structure.values())
+
+
+def centred_words(table: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return the text rows [V, D] (fp64) less the mean of those that name things."""
+    backdrops = [word for name in BACKGROUND_COLOURS for word in name.split()]
+    words = dict.fromkeys((*SHAPES, *SIZES, *COLOURS, *backdrops, BACKDROP))
+    rows = sorted({row for word in words for row in _rows(word, vocabulary)})
+    text = table[: text_rows(vocabulary)].double()
+    return text - text[rows].mean(0)
 
 
 def ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,20 +101,21 @@ def align(
 
     share: length of the words' part of a projected token over the length of the rest.
     """
-    config = model.config
-    words = word_vectors(model.front.token_embedding.weight, vocabulary)
+    config, grid = model.config, model.config.vanilla.grid
+    words = centred_words(model.front.token_embedding.weight, vocabulary)
     scenes = [random_scene(stream("align", seed, i), "train") for i in range(count)]
-    inputs, targets = [], []
+    inputs, told = [], []
     for first in range(0, count, BATCH):
         part: Sequence[Scene] = scenes[first : first + BATCH]
         images = [render(scene, config.hierarchical.image_size)[0] for scene in part]
         inputs.append(model.front.encode(to_pictures(images, config)).fused.e_img.flatten(0, 1))
-        targets += [pooled_words(scene, words, config.vanilla.grid) for scene in part]
-    features = torch.cat(inputs).double()
-    weight, bias = ridge(features, torch.cat(targets))
-    basis = torch.linalg.svd(torch.stack(list(words.values())).T, full_matrices=False).U
-    project = model.front.fusion.project
+        told += [spoken(scene, vocabulary, grid) for scene in part]
+    features, counts = torch.cat(inputs).double(), torch.cat(told).double()
+    weight, bias = ridge(features, counts @ words)
+    used = words[counts.any(0)]
+    basis = torch.linalg.svd(used.T, full_matrices=False).U
     rest = torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T
+    project = model.front.fusion.project
     old_weight, old_bias = rest @ project.weight.double(), rest @ project.bias.double()
     lengths = [(features @ w.T + b).norm(dim=1).mean() for w, b in
                ((old_weight, old_bias), (weight, bias))]  # fmt: skip

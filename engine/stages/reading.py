@@ -11,7 +11,8 @@ words are (`look_nearby`), the trunk's matrices follow Muon, and an early layer 
     p(s | q) = softmax_s(<W_q h_q, W_k h_s> / sqrt(d)),  loss = -log sum_s c_s p(s | q)
 
 q is the position where an answer begins, s a semantic token, c_s the share of its cell that the
-objects in question cover, 1 for the best covered.
+objects in question cover, 1 for the best covered. The lookup is learnt soonest where visual tokens
+say just what they show (`spelled`); it then holds for pictures whose tokens are aligned with words.
 """
 
 # B batch, T sequence, D LLM width, Q answers of a dialogue, S semantic tokens
@@ -24,17 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.scene_tasks import subjects
+from engine.data.scene_tasks import scene_of, subjects
 from engine.data.source import config_of, draw_records
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
-from engine.stages.align import align
+from engine.stages.align import align, spoken, text_rows
 from engine.stages.multimodal import MultimodalStage, drop_texts
 from engine.stages.stage import Micro, load_initial
 from focus.batch import IGNORE, Batch, Source, move
 from focus.config import FocusConfig
 from focus.inputs import collate
 from focus.model import Features, FocusModel, gather
+from focus.vision.fusion import Fused
 
 WIDTH = 64  # of the pointer's queries and keys
 NEARBY, PULL = 7, 2.0  # rotary pairs of a head that looks nearby, and their bias
@@ -43,10 +45,14 @@ SPREAD = 0.1  # of the noise on a text row's entries; the rows' own are about as
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingBatch:
-    """A micro-batch with what its answers are about: [B, Q, S], see `subjects`."""
+    """A micro-batch with what its answers are about: [B, Q, S], see `subjects`.
+
+    says: [B, S, V] what visual tokens say in place of pictures, see `spoken`; None: pictures.
+    """
 
     batch: Batch
     about: Tensor
+    says: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ReadingBatch:
         """Move every tensor."""
@@ -62,6 +68,7 @@ class ReadingModel(FocusModel):
         self.pointer = nn.ModuleDict({name: nn.Linear(dim, WIDTH) for name in ("query", "key")})
         self.depth = depth
         self.states: Tensor | None = None
+        self.says: Tensor | None = None  # for the next forward pass, see `ReadingBatch`
         self.trunk.layers[depth - 1].register_forward_hook(self._keep)
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -70,8 +77,24 @@ class ReadingModel(FocusModel):
     def forward(self, batch: Batch) -> tuple[Tensor, Features | None]:
         """See `FocusModel.forward`; the middle layer's states stay in `states` [B, T, D]."""
         self.states = None
-        found: tuple[Tensor, Features | None] = super().forward(batch)
-        return found
+        if self.says is None:
+            found: tuple[Tensor, Features | None] = super().forward(batch)
+            return found
+        features = self.spell(self.says)
+        embeddings = self.front.embed(batch, features)
+        return self.trunk(embeddings, lengths=batch.lengths), features
+
+    def spell(self, says: Tensor) -> Features:
+        """Return features without any encoder: visual tokens are sums of words, the rest zero."""
+        config, size = self.config, len(says)
+        projected = self.front.fusion.out_norm(
+            says @ self.front.token_embedding.weight[: says.shape[2]]
+        )
+        empty = projected.new_zeros(size, 0)
+        pixel = projected.new_zeros(size, config.pixel.codebook.dim, *config.pixel.grid)
+        adapter = projected.new_zeros(size, config.adapter.num_queries, config.llm.dim)
+        fused = Fused(e_prime=empty, e_img=empty, projected=projected)
+        return Features(maps=(), low=empty, fused=fused, pixel=pixel, adapter=adapter)
 
     def point(self, batch: Batch, about: Tensor) -> Tensor | None:
         """Return the pointer's loss, or None when no answer is about an object."""
@@ -130,8 +153,9 @@ class ReadingStage(MultimodalStage):
     """Aids to reading, then a multimodal stage.
 
     `extra`, beside a multimodal stage's: point_weight, point_layer, spread (of text rows), nearby
-    (whether heads start out so), align (scenes that the projection is first fitted to) and
-    align_share (see `align`).
+    (whether heads start out so), align (scenes that the projection is first fitted to), align_share
+    (see `align`) and spelled: visual tokens are the words for what they show, no picture is encoded
+    (questions only, segmentation off).
     """
 
     def build(self, run: Run) -> nn.Module:
@@ -140,7 +164,7 @@ class ReadingStage(MultimodalStage):
         model = ReadingModel(config_of(run), int(run.extra.get("point_layer", 2)))
         load_initial(model, run.init_from, new=("pointer.*",))
         table = model.front.token_embedding.weight
-        words = min(tiny_vocabulary(model.config).structure.values())
+        words = text_rows(tiny_vocabulary(model.config))
         noise = torch.randn(words, table.shape[1], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             table[:words] += float(run.extra.get("spread", SPREAD)) * noise
@@ -164,13 +188,18 @@ class ReadingStage(MultimodalStage):
             for old, new in zip(drawn, records, strict=True)
         ]
         about = nn.utils.rnn.pad_sequence(found, batch_first=True)
-        return ReadingBatch(batch=batch, about=about)
+        says = None
+        if run.extra.get("spelled", False):
+            vocabulary, grid = tiny_vocabulary(config), config.vanilla.grid
+            says = torch.stack([spoken(scene_of(r.id), vocabulary, grid) for r in drawn])
+        return ReadingBatch(batch=batch, about=about, says=says)
 
     def losses(  # type: ignore[override]
         self, model: nn.Module, batch: ReadingBatch, step: int
     ) -> dict[str, Tensor]:
         """Return a multimodal stage's terms and the pointer's."""
         assert isinstance(model, ReadingModel) and self.run is not None
+        model.says = batch.says
         terms = super().losses(model, batch.batch, step)
         pointed = model.point(batch.batch, batch.about)
         if pointed is not None:

@@ -14,7 +14,7 @@ from engine.data.scene_tasks import draft, sample, subjects
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
-from engine.stages.align import align, pooled_words, word_vectors
+from engine.stages.align import align, centred_words, spoken, text_rows
 from engine.stages.reading import ReadingModel, ReadingStage, answer_starts, look_nearby
 from engine.stages.stage import Micro
 from focus.batch import IGNORE
@@ -86,8 +86,8 @@ def test_answers_begin_where_labels_do() -> None:
 
 
 def reading_run() -> Run:
-    run = find_run("focus_tiny_reading")
-    extra = {**run.extra, "shards": "live", "tasks_per_step": 1}
+    run = find_run("focus_tiny_seeing")
+    extra = {**run.extra, "shards": "live", "tasks_per_step": 1, "spread": 0.1, "align": 0}
     return dataclasses.replace(run, init_from=None, micro_batches=(("vqa", 4),), extra=extra)
 
 
@@ -150,18 +150,49 @@ def test_alignment_lets_visual_tokens_say_what_they_show() -> None:
     torch.manual_seed(0)
     model, vocabulary = FocusModel(CONFIG), tiny_vocabulary(CONFIG)
     torch.nn.init.normal_(model.front.token_embedding.weight, std=0.1)
-    words = word_vectors(model.front.token_embedding.weight.detach(), vocabulary)
+    words = centred_words(model.front.token_embedding.weight.detach(), vocabulary)
     scenes = [random_scene(stream("align", 0, i), "train") for i in range(24)]
+    meant = torch.stack([spoken(scene, vocabulary, GRID).double() @ words for scene in scenes])
 
     def agreement() -> float:
         """Mean cosine of projected tokens and what lies under them."""
         images = [render(scene, CONFIG.hierarchical.image_size)[0] for scene in scenes]
         with torch.no_grad():
-            told = model.front.encode(to_pictures(images, CONFIG)).fused.projected
-        meant = torch.stack([pooled_words(scene, words, GRID) for scene in scenes])
-        told, meant = told.double() - told.double().mean((0, 1)), meant - meant.mean((0, 1))
-        return float(torch.cosine_similarity(told, meant, dim=-1).mean())
+            told = model.front.encode(to_pictures(images, CONFIG)).fused.projected.double()
+        pair = (told - told.mean((0, 1)), meant - meant.mean((0, 1)))
+        return float(torch.cosine_similarity(*pair, dim=-1).mean())
 
     before = agreement()
     align(model, vocabulary, count=24, share=2.0)
     assert abs(before) < 0.1 and agreement() > 0.3  # encoders with random weights
+
+
+def test_tokens_say_the_words_for_what_they_show() -> None:
+    vocabulary = tiny_vocabulary(CONFIG)
+    scene = draft("vqa", "train", 2, 7)[0].scene
+    said = spoken(scene, vocabulary, GRID)
+    assert said.shape == (64, text_rows(vocabulary))
+    for item in scene.objects:
+        if any(o.depth > item.depth for o in scene.objects):
+            continue  # something may lie in front
+        cell = int(item.y * 8) * 8 + int(item.x * 8)
+        (row,) = vocabulary.encode(" " + item.colour)
+        if item.size == "large" and item.shape in ("circle", "square", "diamond"):
+            assert said[cell, row] > 0.9
+    # Three words of an object, three of a backdrop of two words, two of one: never more.
+    assert 1.9 < float(said.sum(1).min()) and float(said.sum(1).max()) < 3.1
+
+
+def test_spelled_pictures_need_no_encoder() -> None:
+    torch.manual_seed(0)
+    run, stage = find_run("focus_tiny_reading"), ReadingStage()
+    run = dataclasses.replace(run, init_from=None, extra={**run.extra, "shards": "live"})
+    model = stage.build(run)
+    drawn = stage.batches(run, 0, Micro(number=0, task="vqa", size=3))
+    for encoder in (model.front.vanilla, model.front.hierarchical):  # type: ignore[union-attr]
+        encoder.register_forward_hook(lambda *_: pytest.fail("an encoder ran"))  # type: ignore[union-attr]
+    terms = stage.losses(model, drawn, 0)
+    assert set(terms) == {"vqa/words", "vqa/point"}
+    sum(terms.values()).backward()  # type: ignore[union-attr]
+    table = model.front.token_embedding.weight  # type: ignore[union-attr]
+    assert table.grad is not None and bool(table.grad.isfinite().all())  # type: ignore[union-attr]
