@@ -18,6 +18,7 @@ from engine.pictures import write_bytes, write_json
 if TYPE_CHECKING:
     from focus import Focus
 
+ALIGN = 48  # scenes that projections are aligned on before the few steps
 TRAIN_STEPS = 5
 
 # Key in the evaluation, heading, explanation, goals on (test, test_unseen).
@@ -157,6 +158,8 @@ def train_a_little(out: Path, say: Say, steps: int = TRAIN_STEPS) -> Iterator[Cu
         folder = Path(name)
         for make in TINY_SEQUENCE:
             run = override(make(), "workers=0", "panel_every=0")
+            if "align" in run.extra:  # so many scenes would take longer than the steps
+                run = override(run, f"extra.align={ALIGN}")
             start = time.perf_counter()
             outcome = train(run, folder / run.name, until=steps, stream=io.StringIO())
             if outcome.stopped:  # by a signal, which training takes as a wish to save and return
