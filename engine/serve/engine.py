@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from engine.serve.decode import Decoder
 from engine.serve.pipeline import EnginePipeline
 from engine.serve.prefix import Memory
@@ -52,9 +54,9 @@ class Engine(Focus):
         self.memory = Memory(memory_bytes)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> Engine:
+    def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> Engine:
         """Load a model as `Focus.from_pretrained` does, onto the engine."""
-        return cls(Focus.from_pretrained(name))
+        return cls(Focus.from_pretrained(name, dtype))
 
     def pipeline(self, steps: int | None = None) -> Pipeline:
         """Return what runs requests, with this model's defaults."""

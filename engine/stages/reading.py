@@ -20,6 +20,7 @@ say just what they show (`spelled`); it then holds for pictures whose tokens are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from engine.stages.stage import Micro, load_initial
 from focus.batch import IGNORE, Batch, Source, move
 from focus.config import FocusConfig
 from focus.inputs import collate
+from focus.llm import Attention
 from focus.model import Features, FocusModel, gather
 from focus.vision.fusion import Fused
 
@@ -109,7 +111,7 @@ class ReadingModel(FocusModel):
         counted = (most > 0) & (begins >= 0)
         if not bool(counted.any()):
             return None
-        share = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
+        share: Tensor = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
         return -share[counted].clamp(min=1e-6).log().mean()
 
 
@@ -136,7 +138,7 @@ def look_nearby(model: FocusModel) -> None:
     config = model.config.llm
     half, heads = config.head_dim // 2, config.num_heads // config.num_kv_heads
     for layer in model.trunk.layers:
-        attention = layer.self_attn
+        attention = cast(Attention, layer.self_attn)
         last = 0
         for head in range(heads):
             first = min(2 * head, max(0, half - NEARBY))
