@@ -198,7 +198,9 @@ def settings(kernel: str, query: Tensor, axis: int, other: int = 0) -> dict[str,
     wide = kernel == "backward" and max(axis, other) > 64
     on_gpu = query.device.type == "cuda"
     older = on_gpu and torch.cuda.get_device_capability(query.device) < (9, 0)
-    rows, warps = 32 if wide and older else 64, 8 if wide else 4
+    rows, warps = 64, 8 if wide else 4
+    if wide and older:  # products keep their operands in registers there
+        rows, chunk = 32, 16
     default = {"BM": rows, "CHUNK": chunk, "num_warps": warps, "num_stages": 1}
     return tuning.lookup("mask_attention", key, query.device, default)
 

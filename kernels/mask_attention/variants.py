@@ -69,7 +69,8 @@ def backward(side: int, dtype: str, first: bool) -> Variant:
         num_warps=warps,
         num_stages=1,
         aligned=("A", "B_"),
-        older={"BM": 32} if side > 64 else {},
+        # Their products keep operands in registers: smaller tiles, or it spills.
+        older={"BM": 32, "BA": 16, "CHUNKS": -(-side // 16)} if side > 64 else {},
     )
 
 
