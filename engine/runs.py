@@ -33,6 +33,15 @@ MASK_DECODER = ("heads.segment.*",)
 MASK_ATTENTION = ("*.attn2.*", "heads.diffusion.mask_projection.*")
 TOKENIZER = ("front.fusion.attention.*", "front.tokenizer.*", "scratch.*")
 
+# What every run of all tasks together weighs and drops alike.
+JOINT = {
+    "tasks_per_step": 2,
+    "segment_weight": 0.1,
+    "target_repeats": 6,
+    "edit_token_weight": 3.0,
+    "drop_text": 0.1,
+}
+
 
 def _rates(rate: float, *groups: tuple[str, ...]) -> dict[str, float]:
     return {glob: rate for group in groups for glob in group}
@@ -207,11 +216,7 @@ def focus_tiny_seeing() -> Run:
         save_every=100,
         panel_every=0,
         extra={
-            "tasks_per_step": 2,
-            "segment_weight": 0.1,
-            "target_repeats": 6,
-            "edit_token_weight": 3.0,
-            "drop_text": 0.1,
+            **JOINT,
             "spread": 0.0,
             "align": 768,
             "align_share": 2.0,
@@ -242,13 +247,7 @@ def focus_tiny_stage3() -> Run:
         init_from="focus_tiny_seeing",
         save_every=100,
         panel_every=300,
-        extra={
-            "tasks_per_step": 2,
-            "segment_weight": 0.1,
-            "target_repeats": 6,
-            "edit_token_weight": 3.0,
-            "drop_text": 0.1,
-        },
+        extra=JOINT,
     )
 
 
@@ -282,11 +281,7 @@ def focus_tiny_stage4() -> Run:
         save_every=100,
         panel_every=250,
         extra={
-            "tasks_per_step": 2,
-            "segment_weight": 0.1,
-            "target_repeats": 6,
-            "edit_token_weight": 3.0,
-            "drop_text": 0.1,
+            **JOINT,
             "true_mask": 0.5,
         },
     )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from engine.data.source import config_of
-from engine.data.words import tiny_vocabulary
+from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro, SectionStage, Stage
@@ -56,7 +56,7 @@ class SectionedStage(SectionStage):
             assert isinstance(weight, nn.Parameter)
             if weight._backward_hooks is not None:
                 weight._backward_hooks.clear()
-            rows = min(tiny_vocabulary(config_of(run)).structure.values())
+            rows = text_rows(tiny_vocabulary(config_of(run)))
             freeze_rows(weight, rows)
         return model
 

@@ -253,6 +253,18 @@ def scene_of(record_id: str) -> Scene:
     return _plan(record_id).scene
 
 
+def coverage(scene: Scene, grid: tuple[int, int]) -> np.ndarray:
+    """Share of each cell that the background (column 0) and each object cover.
+
+    Returns float32 [rows * columns, 1 + objects], from a small drawing of the scene.
+    """
+    fine, (rows, columns) = 4, grid
+    _, instances = render(scene, (rows * fine, columns * fine))
+    own = instances[..., None] == np.arange(1 + len(scene.objects))
+    cells = own.reshape(rows, fine, columns, fine, -1).mean((1, 3), dtype=np.float32)
+    return np.asarray(cells.reshape(rows * columns, -1))
+
+
 def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     """Where the objects lie that each answer of a record is about, from its id alone.
 
@@ -266,11 +278,8 @@ def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
         about = ((plan.changed,),)
     if plan.after is plan.scene:  # a picture to draw shows nothing yet
         about = ((),)
-    fine = 4
-    _, instances = render(plan.scene, (grid[0] * fine, grid[1] * fine))
-    covered = np.stack([np.isin(instances, [i + 1 for i in objects]) for objects in about])
-    cells = covered.reshape(len(about), grid[0], fine, grid[1], fine).mean((2, 4))
-    return np.asarray(cells.reshape(len(about), -1), np.float32)
+    share = coverage(plan.scene, grid)
+    return np.stack([share[:, [i + 1 for i in objects]].sum(1) for objects in about])
 
 
 def requested(record_id: str) -> tuple[Requested, ...]:

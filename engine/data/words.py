@@ -54,6 +54,11 @@ def tiny_vocabulary(config: FocusConfig) -> Vocabulary:
     )
 
 
+def text_rows(vocabulary: Vocabulary) -> int:
+    """Number of rows of the table before those of pictures."""
+    return min(vocabulary.structure.values())
+
+
 def pack_texts(lines: Iterable[str], vocabulary: Vocabulary) -> Batch:
     """Return one text-only batch, a line a row, each closed by the end-of-text id."""
     encoded = [[*vocabulary.encode(line), vocabulary.eos_id] for line in lines]

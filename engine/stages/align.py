@@ -16,9 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.data.scene_draw import render
@@ -31,6 +29,8 @@ from engine.data.scene_model import (
     random_scene,
     stream,
 )
+from engine.data.scene_tasks import coverage
+from engine.data.words import text_rows
 from focus.inputs import to_pictures
 from focus.model import FocusModel
 from focus.vocabulary import Vocabulary
@@ -56,22 +56,13 @@ def spoken(scene: Scene, vocabulary: Vocabulary, grid: tuple[int, int]) -> Tenso
 
     Every word for what lies in a token's cell counts by the share of the cell that it covers.
     """
-    fine = 4
-    _, instances = render(scene, (grid[0] * fine, grid[1] * fine))
     names = _names(scene)
     said = torch.zeros(len(names), text_rows(vocabulary))
     for row, words in enumerate(names):
         for word in words:
             found = _rows(word, vocabulary)
             said[row, found] += 1 / len(found)
-    share = F.one_hot(torch.from_numpy(instances.astype(np.int64)), len(names)).float()
-    cells = share.view(grid[0], fine, grid[1], fine, -1).mean((1, 3)).flatten(0, 1)
-    return cells @ said
-
-
-def text_rows(vocabulary: Vocabulary) -> int:
-    """Number of rows of the table before those of pictures."""
-    return min(vocabulary.structure.values())
+    return torch.from_numpy(coverage(scene, grid)) @ said
 
 
 def centred_words(table: Tensor, vocabulary: Vocabulary) -> Tensor:

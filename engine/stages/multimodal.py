@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.data.clips import VIDEO
 from engine.data.records import Record
 from engine.data.source import config_of, draw_records
-from engine.data.words import tiny_vocabulary
+from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.panel import tile, tint
 from engine.stages.stage import Micro, Stage, load_initial
@@ -127,7 +127,7 @@ class MultimodalStage(Stage):
         """Return which labels are picture structure: the grammar forces them in decoding."""
         assert self.run is not None
         vocabulary = tiny_vocabulary(config_of(self.run))
-        first, last = min(vocabulary.structure.values()), vocabulary.semantic_ids.start
+        first, last = text_rows(vocabulary), vocabulary.semantic_ids.start
         inside: Tensor = (labels >= first) & (labels < last)
         return inside
 

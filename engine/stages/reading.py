@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from engine.data.scene_tasks import scene_of, subjects
 from engine.data.source import config_of, draw_records
-from engine.data.words import tiny_vocabulary
+from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
-from engine.stages.align import align, spoken, text_rows
+from engine.stages.align import align, spoken
 from engine.stages.multimodal import MultimodalStage, drop_texts
 from engine.stages.stage import Micro, load_initial
 from focus.batch import IGNORE, Batch, Source, move

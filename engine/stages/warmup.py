@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.source import config_of, draw_records
-from engine.data.words import tiny_vocabulary
+from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro
@@ -33,7 +33,7 @@ class WarmupStage(MultimodalStage):
             records = draw_records(run, 0, micro)
             images = [record.image for record in records if record.image is not None]
             whiten_projections(model, to_pictures(images, model.config))
-        text_size = min(tiny_vocabulary(config_of(run)).structure.values())
+        text_size = text_rows(tiny_vocabulary(config_of(run)))
 
         def keep_text(gradient: Tensor) -> Tensor:
             rows = torch.arange(len(gradient), device=gradient.device)

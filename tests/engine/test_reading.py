@@ -11,10 +11,10 @@ import torch
 from engine.data.scene_draw import render
 from engine.data.scene_model import DataError, random_scene, stream
 from engine.data.scene_tasks import draft, sample, subjects
-from engine.data.words import tiny_vocabulary
+from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
-from engine.stages.align import align, centred_words, spoken, text_rows
+from engine.stages.align import align, centred_words, spoken
 from engine.stages.reading import ReadingModel, ReadingStage, answer_starts, look_nearby
 from engine.stages.stage import Micro
 from focus.batch import IGNORE
