@@ -336,6 +336,7 @@ class Focus:
             session.batch.num_conditions,
             [self._box(request) for request in session.requests],
             thresholds=thresholds or Thresholds(object=self.settings.object_score),
+            points=session.batch.region_points,
         )
 
     def _fit(self, request: Request, raw: Pixels, mask: Bitmap, box: Letterbox) -> Pixels:

@@ -194,7 +194,11 @@ class LLMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig:
-    """Segmentation predictor (eq. 5): Mask2Former's pixel and masked decoder fed by LLM states."""
+    """Segmentation predictor (eq. 5): Mask2Former's pixel and masked decoder fed by LLM states.
+
+    `place` adds where a cell lies to its mask feature (not in Mask2Former, whose deep encoder finds
+    out by itself): a shallow one separates objects by colour alone.
+    """
 
     dim: int = 256
     num_queries: int = 100
@@ -204,6 +208,7 @@ class SegmentConfig:
     decoder_layers: int = 9
     decoder_ffn_dim: int = 2048
     num_points: int = 12_544
+    place: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,7 @@ def focus_tiny() -> FocusConfig:
             decoder_layers=3,
             decoder_ffn_dim=128,
             num_points=256,
+            place=True,
         ),
         region=RegionConfig(num_points=64, hierarchical_scale="res3", position=True),
         diffusion=DiffusionConfig(

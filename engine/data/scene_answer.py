@@ -11,6 +11,7 @@ import numpy as np
 from engine.data.scene_expression import askable, pick, refer, unique_description
 from engine.data.scene_model import (
     COLOURS,
+    DIRECT,
     SHAPES,
     UNSEEN_PAIRS,
     Scene,
@@ -35,6 +36,8 @@ VQA: dict[str, float] = {
     "background_pattern": 0.02,
     "describe": 0.05,
 }
+# The first questions of a trunk that has yet to learn to look anything up.
+DIRECT_VQA = {"colour": 0.3, "shape": 0.3, "size": 0.1, "count": 0.1, "exists": 0.2}
 # Kinds whose answer is free text and cannot be scored by exact match.
 FREE_KINDS = frozenset({"describe"})
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -157,7 +160,9 @@ def _ask(rng: np.random.Generator, kind: str, **fields: str) -> str:
     return choose(rng, QUESTIONS[kind]).format(**fields)
 
 
-def _attribute(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Asked | None:
+def _attribute(
+    rng: np.random.Generator, scene: Scene, i: int, split: str, kind: str
+) -> Asked | None:
     """Colour, shape or size of an object that the question tells apart by other means."""
     item = scene.objects[i]
     use, answer = {
@@ -165,7 +170,7 @@ def _attribute(rng: np.random.Generator, scene: Scene, i: int, kind: str) -> Ask
         "shape": ("cz", item.shape),
         "size": ("cs", item.size),
     }[kind]
-    relation = pick(rng, _LOCATING)
+    relation = "attribute" if split == DIRECT else pick(rng, _LOCATING)
     if kind == "size" and relation in ("largest", "smallest"):
         return None
     query = refer(rng, scene, i, relation, use)
@@ -275,7 +280,8 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, Asked]:
     held-out pairs only, and nothing is asked about the background.
     """
     unseen = split == "test_unseen"
-    kinds = {k: w for k, w in VQA.items() if not (unseen and k.startswith("background"))}
+    mix = DIRECT_VQA if split == DIRECT else VQA
+    kinds = {k: w for k, w in mix.items() if not (unseen and k.startswith("background"))}
     kind = pick(rng, kinds)
     make = _maker(rng, split, kind)
     while True:
@@ -297,8 +303,9 @@ def further_questions(
 ) -> tuple[Asked, ...]:
     """Up to `num` further questions about a scene, none of them asked twice or equal to `first`."""
     found: dict[str, Asked] = {}
+    mix = DIRECT_VQA if split == DIRECT else VQA
     for _ in range(num):
-        kind = pick(rng, {k: w for k, w in VQA.items() if k not in FREE_KINDS})
+        kind = pick(rng, {k: w for k, w in mix.items() if k not in FREE_KINDS})
         make = _maker(rng, split, kind)
         for i in askable(rng, scene, split)[:3]:
             asked = make(scene, i)
@@ -311,7 +318,9 @@ def further_questions(
 def _maker(rng: np.random.Generator, split: str, kind: str) -> Callable[[Scene, int], Asked | None]:
     """What asks a question of a kind about one object of a scene; None where it cannot."""
     makers: dict[str, Callable[[Scene, int], Asked | None]] = {
-        **dict.fromkeys(("colour", "shape", "size"), lambda s, i: _attribute(rng, s, i, kind)),
+        **dict.fromkeys(
+            ("colour", "shape", "size"), lambda s, i: _attribute(rng, s, i, split, kind)
+        ),
         **dict.fromkeys(("which", "between"), lambda s, i: _which(rng, s, i, kind)),
         "count": lambda s, i: _count(rng, s, i, split == "test_unseen"),
         "exists": lambda s, i: _exists(rng, s, i, split),

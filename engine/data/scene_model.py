@@ -16,6 +16,7 @@ import numpy as np
 T = TypeVar("T")
 Split = Literal["train", "val", "test", "test_unseen"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "test_unseen")
+DIRECT = "train_direct"  # like train, but questions name an object by its looks alone
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 SIZES = ("small", "large")
@@ -133,8 +134,8 @@ def stream(*parts: str | int) -> np.random.Generator:
 
 
 def check_split(split: str) -> None:
-    """Raise DataError unless `split` is one of `SPLITS`."""
-    if split not in SPLITS:
+    """Raise DataError unless `split` is one of `SPLITS` or `DIRECT`."""
+    if split not in (*SPLITS, DIRECT):
         raise DataError(f"expected a split of {', '.join(SPLITS)}, got {split!r}; choose one")
 
 

@@ -14,6 +14,7 @@ from engine.data.scene_draw import render
 from engine.data.scene_edit import editing
 from engine.data.scene_expression import askable, reasoning, referring
 from engine.data.scene_model import (
+    DIRECT,
     SHAPES,
     DataError,
     Scene,
@@ -133,7 +134,7 @@ def _vqa(rng: np.random.Generator, split: str) -> Draft:
     """One question; in training several more about the same picture, as a dialogue."""
     kind, scene, first = question(rng, split)
     further: tuple[Asked, ...] = ()
-    if split == "train":
+    if split in ("train", DIRECT):
         further = further_questions(rng, scene, split, MAX_TURNS, first.question)
     return Draft(
         kind=kind,

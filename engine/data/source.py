@@ -2,6 +2,7 @@
 
 `extra["shards"]` is a folder of shards; "cache" (the default): the built-in world, kept as shards
 in the user's cache folder (`engine/data/cache.py`); "live" or none: the same scenes, drawn anew.
+With `extra["direct"]` questions name objects by their looks alone, and are always drawn anew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from engine.data.cache import open_cache
 from engine.data.clips import VIDEO, draw_pairs
 from engine.data.feed import CACHE, decoder_of, open_feed
 from engine.data.records import Record, Task
+from engine.data.scene_model import DIRECT
 from engine.data.scenes import sample
 from engine.run import Run
 from engine.stages.stage import Micro
@@ -33,7 +35,8 @@ def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
     always drawn anew where they are the built-in world's.
     Raises: DataError when the shards hold nothing readable.
     """
-    feed = open_feed(run)
+    direct = bool(run.extra.get("direct", False))
+    feed = None if direct else open_feed(run)
     if feed is not None:
         return feed.records(run, step, micro)
     if micro.task == VIDEO:
@@ -42,6 +45,8 @@ def draw_records(run: Run, step: int, micro: Micro) -> list[Record]:
     seed = int(run.extra.get("data_seed", run.seed))
     size = config_of(run).hierarchical.image_size
     first = micro.first_sample(run, step)
+    if direct:
+        return [sample(task, DIRECT, seed, first + i, size) for i in range(micro.size)]
     if run.extra.get("shards", CACHE) == CACHE:
         kept = open_cache(seed, size)
         return kept.records(task, first, micro.size, decoder_of(run))

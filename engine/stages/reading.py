@@ -20,6 +20,7 @@ say just what they show (`spelled`); it then holds for pictures whose tokens are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -61,24 +62,51 @@ class ReadingBatch:
         return move(self, device)
 
 
+class Pointer(nn.Module):
+    """-log sum_s c_s p(s | q) of states that should know where in the picture something is."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(dim, WIDTH), nn.Linear(dim, WIDTH)
+
+    def forward(self, states: Tensor, seen: Tensor, about: Tensor) -> Tensor | None:
+        """Loss of states [B, Q, D] before semantic tokens [B, S, D] and shares about [B, Q, S].
+
+        Rows of zero shares are left out; None when no other is there.
+        """
+        queries, keys = (F.rms_norm(x.float(), x.shape[-1:]) for x in (states, seen))
+        scores = self.query(queries) @ self.key(keys).transpose(1, 2)
+        chance = (scores.float() / WIDTH**0.5).softmax(-1)
+        most = about.amax(-1)
+        if not bool((most > 0).any()):
+            return None
+        share: Tensor = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
+        return -share[most > 0].clamp(min=1e-6).log().mean()
+
+
 class ReadingModel(FocusModel):
-    """FOCUS with the throw-away pointer beside it, on the states behind layer `depth`."""
+    """FOCUS with throw-away pointers beside it.
 
-    def __init__(self, config: FocusConfig, depth: int) -> None:
+    One reads the states behind layer `depth` where answers begin, one those behind `mask_depth` at
+    mask queries (0: none).
+    """
+
+    def __init__(self, config: FocusConfig, depth: int, mask_depth: int = 0) -> None:
         super().__init__(config)
-        dim = config.llm.dim
-        self.pointer = nn.ModuleDict({name: nn.Linear(dim, WIDTH) for name in ("query", "key")})
-        self.depth = depth
-        self.states: Tensor | None = None
+        self.pointer = Pointer(config.llm.dim)
+        self.mask_pointer = Pointer(config.llm.dim) if mask_depth else None
+        self.states: dict[int, Tensor] = {}
+        self.depth, self.mask_depth = depth, mask_depth
         self.says: Tensor | None = None  # for the next forward pass, see `ReadingBatch`
-        self.trunk.layers[depth - 1].register_forward_hook(self._keep)
+        for layer in {depth, mask_depth} - {0}:
+            self.trunk.layers[layer - 1].register_forward_hook(partial(self._keep, layer))
 
-    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.states = output
+    def _keep(self, at: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.states[at] = output
 
     def forward(self, batch: Batch) -> tuple[Tensor, Features | None]:
-        """See `FocusModel.forward`; the middle layer's states stay in `states` [B, T, D]."""
-        self.states = None
+        """See `FocusModel.forward`; the pointers' states stay in `states`, [B, T, D] by layer."""
+        self.states.clear()
         if self.says is None:
             found: tuple[Tensor, Features | None] = super().forward(batch)
             return found
@@ -99,20 +127,26 @@ class ReadingModel(FocusModel):
         return Features(maps=(), low=empty, fused=fused, pixel=pixel, adapter=adapter)
 
     def point(self, batch: Batch, about: Tensor) -> Tensor | None:
-        """Return the pointer's loss, or None when no answer is about an object."""
-        assert self.states is not None
-        states = F.rms_norm(self.states.float(), self.states.shape[-1:])
+        """Return the answers' pointer loss, or None when no answer is about an object."""
+        states = self.states[self.depth]
         begins = answer_starts(batch, about.shape[1])  # [B, Q]
-        queries = states.gather(1, begins.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
-        keys = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
-        scores = self.pointer["query"](queries) @ self.pointer["key"](keys).transpose(1, 2)
-        chance = (scores.float() / WIDTH**0.5).softmax(-1)  # [B, Q, S]
-        most = about.amax(-1)
-        counted = (most > 0) & (begins >= 0)
-        if not bool(counted.any()):
+        asked = states.gather(1, begins.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
+        seen = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
+        found: Tensor | None = self.pointer(asked, seen, about * (begins >= 0)[..., None])
+        return found
+
+    def point_masks(self, batch: Batch, about: Tensor) -> Tensor | None:
+        """Return the mask queries' pointer loss; their target is the first answer's."""
+        queries = batch.source == Source.MASK_QUERY
+        if self.mask_pointer is None or not bool(queries.any()):
             return None
-        share: Tensor = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
-        return -share[counted].clamp(min=1e-6).log().mean()
+        states = self.states[self.mask_depth]
+        count = self.config.segment.num_queries
+        asked = gather(states, queries, count)
+        seen = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
+        shared = about[:, :1].expand(-1, count, -1)
+        found: Tensor | None = self.mask_pointer(asked, seen, shared)
+        return found
 
 
 def answer_starts(batch: Batch, num: int) -> Tensor:
@@ -125,6 +159,22 @@ def answer_starts(batch: Batch, num: int) -> Tensor:
     kept = number[row, place] < num
     found[row[kept], number[row, place][kept]] = place[kept]
     return found
+
+
+@torch.no_grad()
+def start_afresh(model: FocusModel) -> None:
+    """Draw the trunk and the text rows anew, the rows as wide as `SPREAD` and unlike each other.
+
+    A short while on text alone leaves both in a state from which lookups form later than from none.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.trunk.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    table = model.front.token_embedding.weight
+    table[: text_rows(tiny_vocabulary(model.config))].normal_(std=SPREAD, generator=generator)
 
 
 @torch.no_grad()
@@ -154,17 +204,21 @@ def look_nearby(model: FocusModel) -> None:
 class ReadingStage(MultimodalStage):
     """Aids to reading, then a multimodal stage.
 
-    `extra`, beside a multimodal stage's: point_weight, point_layer, spread (of text rows), nearby
-    (whether heads start out so), align (scenes that the projection is first fitted to), align_share
-    (see `align`) and spelled: visual tokens are the words for what they show, no picture is encoded
-    (questions only, segmentation off).
+    `extra`, beside a multimodal stage's: point_weight, point_layer, mask_layer (0: mask queries
+    need not point), afresh (see `start_afresh`), spread (of text rows), nearby (whether heads start
+    out so), align (scenes the projection is first fitted to), align_share (see `align`) and
+    spelled: visual tokens are the words for what they show, no picture is encoded (questions only,
+    segmentation off).
     """
 
     def build(self, run: Run) -> nn.Module:
         """Return the model with the previous stage's weights, its text rows moved apart."""
         self.run = run
-        model = ReadingModel(config_of(run), int(run.extra.get("point_layer", 2)))
-        load_initial(model, run.init_from, new=("pointer.*",))
+        depths = (int(run.extra.get("point_layer", 2)), int(run.extra.get("mask_layer", 0)))
+        model = ReadingModel(config_of(run), *depths)
+        load_initial(model, run.init_from, new=("pointer.*", "mask_pointer.*"))
+        if run.extra.get("afresh", False):
+            start_afresh(model)
         table = model.front.token_embedding.weight
         words = text_rows(tiny_vocabulary(model.config))
         noise = torch.randn(words, table.shape[1], generator=torch.Generator().manual_seed(0))
@@ -203,10 +257,11 @@ class ReadingStage(MultimodalStage):
         assert isinstance(model, ReadingModel) and self.run is not None
         model.says = batch.says
         terms = super().losses(model, batch.batch, step)
-        pointed = model.point(batch.batch, batch.about)
-        if pointed is not None:
-            weight = float(self.run.extra.get("point_weight", 1.0))
-            terms[f"{batch.batch.task}/point"] = weight * pointed
+        weight = float(self.run.extra.get("point_weight", 1.0))
+        for name, point in (("point", model.point), ("mask_point", model.point_masks)):
+            pointed = point(batch.batch, batch.about)
+            if pointed is not None:
+                terms[f"{batch.batch.task}/{name}"] = weight * pointed
         return terms
 
 

@@ -161,6 +161,7 @@ def interactive(
     row: Row,
     letterbox: Letterbox | None = None,
     *,
+    points: Tensor | None = None,
     unique: bool = False,
     candidates: int = 10,
     thresholds: Thresholds | None = None,
@@ -168,14 +169,26 @@ def interactive(
     """One instance per region, in the order of the regions (labels are the region numbers).
 
     Each region takes its best query; with `unique`, regions choose greedily, best score first, a
-    query not yet taken among their `candidates` best (video: one query per object).
+    query not yet taken among their `candidates` best (video: one query per object). `points`
+    [R, P, 2], x and y in [0, 1] of the frame, are the region's own: a query counts for sigmoid(z)
+    times its mask's mean probability inside and at the points, so that a mask beside the prompt
+    loses. (For a clip's next frame the points are the last frame's: leave them out.)
     """
     thresholds = thresholds or Thresholds()
     confidence = row.scores.sigmoid()
+    if points is not None:
+        confidence = confidence * mask_quality(row.masks)[:, None] * _hits(row.masks, points)
     queries = _greedy(confidence, candidates) if unique else confidence.argmax(dim=0)
     labels = torch.arange(confidence.shape[1], device=queries.device)
-    scores = confidence[queries, labels] * mask_quality(row.masks[queries])
+    scores = row.scores.sigmoid()[queries, labels] * mask_quality(row.masks[queries])
     return collect(row, queries, scores, labels, letterbox, thresholds)
+
+
+def _hits(masks: Tensor, points: Tensor) -> Tensor:
+    """Mean probability of masks [N, h, w] of logits at each region's points [R, P, 2]: [N, R]."""
+    grid = (2.0 * points.to(masks) - 1.0).expand(len(masks), -1, -1, -1)
+    at = F.grid_sample(masks[:, None], grid, padding_mode="border", align_corners=False)
+    return at[:, 0].sigmoid().mean(-1)
 
 
 def _greedy(confidence: Tensor, candidates: int) -> Tensor:
@@ -277,11 +290,12 @@ def decode(
     *,
     rule: Literal["top1", "union"] = "top1",
     thresholds: Thresholds | None = None,
+    points: Tensor | None = None,
 ) -> list[Instances]:
     """Apply the default rule of a kind to every row: panoptic, referring or interactive.
 
-    letterboxes: how each picture entered the frame; masks come back at its size. Raises
-    `SegmentError` when the numbers of rows differ.
+    letterboxes: how each picture entered the frame; masks come back at its size. points: of the
+    prompts [B, R, P, 2], see `interactive`. Raises `SegmentError` when the numbers of rows differ.
     """
     counts = [int(count) for count in num_conditions]
     boxes = list(letterboxes) if letterboxes is not None else [None] * len(counts)
@@ -298,5 +312,6 @@ def decode(
         elif kind == "text":
             found.append(referring(row, box, rule=rule, thresholds=thresholds))
         else:
-            found.append(interactive(row, box, thresholds=thresholds))
+            own = None if points is None else points[index, :count]
+            found.append(interactive(row, box, points=own, thresholds=thresholds))
     return found

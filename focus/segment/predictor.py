@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import Mask2FormerConfig
@@ -23,6 +24,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from focus.config import HierarchicalConfig, SegmentConfig
+from focus.regions import NUM_FREQUENCIES, fourier
 
 # B batch, N mask queries, K candidates, C channels, h w grid at stride 4, D dim of the decoder
 
@@ -50,6 +52,27 @@ class Prediction:
     scores: Tensor
     embeddings: Tensor
     auxiliary: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Place(nn.Module):
+    """P(f) + W_2 gelu(W_1 fourier(cell)): mask features that know their place; W_2 starts at 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4 * NUM_FREQUENCIES, dim)
+        self.outer = nn.Linear(dim, dim)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Add its place to every cell of [B, dim, h, w]."""
+        height, width = features.shape[-2:]
+        y = (torch.arange(height, device=features.device) + 0.5) / height
+        x = (torch.arange(width, device=features.device) + 0.5) / width
+        cells = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+        told = self.outer(F.gelu(self.inner(fourier(cells).to(self.inner.weight.dtype))))
+        moved: Tensor = features + told.permute(2, 0, 1).to(features.dtype)
+        return moved
 
 
 class SegmentationPredictor(nn.Module):
@@ -82,6 +105,7 @@ class SegmentationPredictor(nn.Module):
         self.score = nn.ModuleDict({name: _mlp(dim, 2) for name in names})
         self.background = nn.Parameter(torch.empty(dim))
         self.embedding = _mlp(dim, 3)
+        self.place = Place(dim) if config.place else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,6 +154,8 @@ class SegmentationPredictor(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return mask logits [B, N, h, w] and query states [B, N, D] of every prediction set."""
         mask_features, levels = self._decode_pixels(features)
+        if self.place is not None:
+            mask_features = self.place(mask_features)
         batch = mask_states.shape[0]
         memory, positions = self._memory(levels)
         queries = self.query_content(mask_states).transpose(0, 1)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from engine.data.scene_draw import render
-from engine.data.scene_model import DataError, random_scene, stream
-from engine.data.scene_tasks import draft, sample, subjects
+from engine.data.scene_model import DIRECT, DataError, allowed_pairs, random_scene, stream
+from engine.data.scene_tasks import draft, sample, scene_of, subjects
+from engine.data.source import draw_records
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
@@ -104,8 +105,7 @@ def test_the_pointer_learns_to_point_and_text_rows_move_apart() -> None:
     terms["vqa/point"].backward()
     assert model.trunk.layers[0].self_attn.q_proj.weight.grad is not None
     assert model.trunk.layers[4].self_attn.q_proj.weight.grad is None  # behind the pointer
-    assert model.states is not None
-    model.states = model.states.detach()
+    model.states = {layer: states.detach() for layer, states in model.states.items()}
     optimizer = torch.optim.AdamW(model.pointer.parameters(), lr=3e-3)
     for _ in range(60):
         loss = model.point(drawn.batch, drawn.about)
@@ -115,6 +115,66 @@ def test_the_pointer_learns_to_point_and_text_rows_move_apart() -> None:
         optimizer.step()
     # A guess among all cells costs about 3, one among the cells of a picture's objects about 1.
     assert float(terms["vqa/point"].detach()) > 2 and float(loss.detach()) < 1
+
+
+def test_mask_queries_learn_to_point_at_what_they_segment() -> None:
+    torch.manual_seed(0)
+    run, stage = reading_run(), ReadingStage()
+    run = dataclasses.replace(run, extra={**run.extra, "mask_layer": 4})
+    model = stage.build(run)
+    assert isinstance(model, ReadingModel) and model.mask_pointer is not None
+    assert "vqa/mask_point" not in stage.losses(
+        model, stage.batches(run, 0, Micro(number=0, task="vqa", size=2)), 0
+    )
+    drawn = stage.batches(run, 0, Micro(number=0, task="interactive", size=4))
+    before = stage.losses(model, drawn, 0)["interactive/mask_point"]
+    before.backward()
+    reached = [layer.self_attn.q_proj.weight.grad is not None for layer in model.trunk.layers]
+    assert reached == [True] * 4 + [False] * 2
+    optimizer = torch.optim.AdamW(model.trunk.parameters(), lr=1e-3)
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = stage.losses(model, drawn, 0)["interactive/mask_point"]
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.8 * float(before.detach())
+
+
+def test_a_fresh_trunk_tells_its_text_rows_apart() -> None:
+    run = reading_run()
+    extra = {**run.extra, "afresh": True, "spread": 0.0}
+    model = ReadingStage().build(dataclasses.replace(run, extra=extra))
+    assert isinstance(model, ReadingModel)
+    words = text_rows(tiny_vocabulary(CONFIG))
+    rows = model.front.token_embedding.weight[:words].detach()
+    assert 0.095 < float(rows.std()) < 0.105
+    near = torch.nn.functional.normalize(rows, dim=1)
+    assert float((near @ near.T - torch.eye(words)).abs().max()) < 0.5
+    down = model.trunk.layers[2].mlp.down_proj.weight
+    assert abs(float(down.detach().std()) * down.shape[1] ** 0.5 - 1) < 0.05
+
+
+def test_direct_questions_name_what_they_are_about_by_its_looks() -> None:
+    nearby = (
+        "left",
+        "right",
+        "above",
+        "below",
+        "top",
+        "bottom",
+        "between",
+        "largest",
+        "background",
+    )
+    for index in range(40):
+        record = sample("vqa", DIRECT, 0, index, 32)
+        asked = [record.text, *(question for question, _ in record.turns)]
+        assert len(asked) > 2 and not any(word in text for text in asked for word in nearby)
+        assert len(subjects(record.id, GRID)) == len(asked)
+        assert all(o.pair in allowed_pairs("train") for o in scene_of(record.id).objects)
+    run = dataclasses.replace(find_run("focus_tiny_reading"), extra={"direct": True})
+    drawn = draw_records(run, 3, Micro(number=0, task="vqa", size=2))
+    assert [r.id.rsplit("-", 3)[0] for r in drawn] == [DIRECT] * 2
 
 
 def influence(model: FocusModel, distance: int) -> float:

@@ -72,6 +72,22 @@ def test_interactive_answers_region_by_region() -> None:
     assert interactive(made, unique=True, candidates=1).queries.tolist() == [0, 0]
 
 
+def test_interactive_wants_the_mask_at_the_prompt() -> None:
+    masks = [square(0, 0, 3), square(5, 5, 3), square(0, 5, 3, sharp=0.5)]
+    made = row(masks, [[3.0, 3.0], [2.5, 2.5], [2.0, 2.0]])
+    points = torch.tensor([[[0.75, 0.8], [0.85, 0.8]], [[0.2, 0.2], [0.15, 0.1]]])
+    assert interactive(made).queries.tolist() == [0, 0]
+    found = interactive(made, points=points)
+    assert found.queries.tolist() == [1, 0]
+    # The score says how sure the mask is, not how well it was chosen.
+    expected = torch.tensor([2.5, 3.0]).sigmoid() * mask_quality(made.masks)[[1, 0]]
+    torch.testing.assert_close(found.scores, expected)
+    batch = Prediction(
+        masks=made.masks[None], scores=made.scores[None], embeddings=made.embeddings[None]
+    )
+    assert decode(batch, "region", [2], points=points[None])[0].queries.tolist() == [1, 0]
+
+
 def test_semantic_map_names_every_pixel_or_none() -> None:
     made = row([square(0, 0, 4), square(4, 4, 4)], [[6.0, 0.0, 0.0], [0.0, 6.0, 0.0]])
     found = semantic(made)

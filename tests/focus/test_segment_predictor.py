@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,28 @@ def test_masks_equal_transformers_decoder_started_from_the_same_queries() -> Non
         torch.testing.assert_close(mask, reference)
     last = expected.intermediate_hidden_states[-1].transpose(0, 1)
     torch.testing.assert_close(ours.embeddings, predictor.embedding(last))
+
+
+def test_place_tells_cells_of_one_colour_apart() -> None:
+    torch.manual_seed(0)
+    predictor = SegmentationPredictor(replace(CONFIG, place=True), HIERARCHICAL, LLM_DIM)
+    plain, maps, states, conditions = made()
+    plain.load_state_dict(predictor.state_dict(), strict=False)
+    with torch.no_grad():
+        before = predictor(maps, states, conditions, "text")
+        torch.testing.assert_close(before.masks, plain(maps, states, conditions, "text").masks)
+    assert predictor.place is not None
+    blank = torch.zeros(1, CONFIG.dim, 16, 24)
+    query, wanted = torch.randn(CONFIG.dim), torch.zeros(16, 24)
+    wanted[3:8, 4:9] = 1.0  # nothing but its place tells this patch from the rest
+    optimizer = torch.optim.Adam(predictor.place.parameters(), lr=1e-2)
+    for _ in range(400):
+        logits = torch.einsum("d,bdhw->hw", query, predictor.place(blank))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert ((logits > 0) == (wanted > 0.5)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
