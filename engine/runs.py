@@ -8,6 +8,7 @@ larger and steps fewer than the paper's, which start from pretrained parts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from engine.run import Run, RunError
 from engine.runs_cluster import CLUSTER_RUNS
@@ -26,7 +27,6 @@ PROJECTORS = (
     "front.next_position.*",
     "front.mask_queries",
 )
-PLACES = ("front.region_pooler.*", "front.position.*", "front.next_position.*")
 GATES = ("front.adapter.*_gate",)  # from zero, they would take the whole run to open
 LANGUAGE = ("trunk.*", "front.token_embedding.*")  # the head is tied to the table
 MASK_DECODER = ("heads.segment.*",)
@@ -166,22 +166,45 @@ def focus_tiny_stage2() -> Run:
 
 
 def focus_tiny_reading() -> Run:
-    """The trunk learns to look up what a question names, in pictures spelled out in words."""
+    """A fresh trunk learns to look up what a question names, in pictures spelled out in words."""
     return Run(
         name="focus_tiny_reading",
         stage="reading",
         model="focus_tiny",
-        steps=800,
+        steps=1200,
         micro_batches=(("vqa", 14),),
         rates=_rates(3e-4, ("front.token_embedding.*",))
         | _rates(1e-3, ("trunk.*", "front.position.*", "front.next_position.*", "pointer.*")),
         muon={"trunk.*": 0.02},
+        schedule="cosine",
+        floor=0.1,
         warmup=30,
         precision="bf16",
         init_from="focus_tiny_stage2",
         save_every=100,
         panel_every=0,
-        extra={"segmentation": False, "spelled": True, "nearby": True},
+        extra={
+            "segmentation": False,
+            "spelled": True,
+            "direct": True,
+            "afresh": True,
+            "nearby": True,
+            "spread": 0.0,
+        },
+    )
+
+
+def focus_tiny_asking() -> Run:
+    """Questions of every kind about pictures spelled out: relations, places, descriptions."""
+    first = focus_tiny_reading()
+    return replace(
+        first,
+        name="focus_tiny_asking",
+        steps=400,
+        muon={"trunk.*": 0.01},
+        warmup=10,
+        init_from="focus_tiny_reading",
+        extra={"segmentation": False, "spelled": True, "spread": 0.0},
     )
 
 
@@ -191,35 +214,39 @@ def focus_tiny_seeing() -> Run:
         name="focus_tiny_seeing",
         stage="reading",
         model="focus_tiny",
-        steps=600,
+        steps=800,
         micro_batches=(
             ("vqa", 14),
             ("referring", 14),
             ("vqa", 14),
-            ("editing", 10),
-            ("vqa", 14),
             ("interactive", 12),
             ("vqa", 14),
+            ("editing", 10),
+            ("referring", 14),
             ("class", 8),
             ("vqa", 14),
             ("generation", 12),
+            ("referring", 14),
+            ("interactive", 12),
         ),
         # Visual tokens stay as aligned: at the trunk's rate they lose it within 100 steps.
-        rates=_rates(3e-4, ("front.token_embedding.*",))
-        | _rates(1e-3, ("trunk.*", "front.mask_queries", "pointer.*"), MASK_DECODER, PLACES),
-        muon={"trunk.*": 0.02},
-        schedule="cosine",
-        floor=0.05,
-        warmup=10,
+        rates=_rates(4e-4, ("front.token_embedding.*",))
+        | _rates(3e-4, ("front.position.*", "front.adapter.*", "front.pixel_project.*"))
+        | _rates(5e-4, ("trunk.*", "front.next_position.*"))
+        | _rates(1e-3, MASK_DECODER, ("front.mask_queries", "front.region_pooler.*", "*pointer.*")),
+        muon={"trunk.*": 0.008, "heads.segment.*": 0.004},
+        warmup=20,
         precision="bf16",
-        init_from="focus_tiny_reading",
+        init_from="focus_tiny_asking",
         save_every=100,
         panel_every=0,
         extra={
             **JOINT,
+            "segment_weight": 0.3,
             "spread": 0.0,
             "align": 768,
             "align_share": 2.0,
+            "mask_layer": 4,
         },
     )
 
@@ -295,6 +322,7 @@ TINY_SEQUENCE: tuple[Callable[[], Run], ...] = (
     focus_tiny_stage1_diffusion,
     focus_tiny_stage2,
     focus_tiny_reading,
+    focus_tiny_asking,
     focus_tiny_seeing,
     focus_tiny_stage3,
     focus_tiny_stage4,
