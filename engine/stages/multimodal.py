@@ -30,6 +30,8 @@ from focus.segment.predictor import Prediction
 from focus.sequence import fill_codes
 from focus.tokenizer.dual import Codes
 
+NAMING = ("referring", "reasoning", "interactive")  # names, then masks, and nothing drawn
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -46,7 +48,8 @@ class MultimodalStage(Stage):
     """Base of warm-up, pretraining and instruction tuning.
 
     `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
-    target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), and tasks_per_step: so many
+    target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), swap_names (see
+    `swap_names`; not with pack), and tasks_per_step: so many
     of the run's micro-batches a step, in turn (default: all of them); pack: length of the trunk's
     packed rows (0: a row per sequence); track_weight: of the object embeddings' contrast between
     the frames of clips (0: none), which micro-batches of the task "video" show in pairs.
@@ -75,8 +78,10 @@ class MultimodalStage(Stage):
         records = draw_records(run, step, micro)
         seed = micro.seed(run, step)
         records = drop_texts(records, float(run.extra.get("drop_text", 0.0)), seed)
+        records, wrong = swap_names(records, float(run.extra.get("swap_names", 0.0)), seed)
         pack = int(run.extra.get("pack", 0))
-        return collate(records, config, tiny_vocabulary(config), seed=seed, pack=pack)
+        batch = collate(records, config, tiny_vocabulary(config), seed=seed, pack=pack)
+        return hush(batch, wrong)
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return language and, when the run asks for it, segmentation terms."""
@@ -169,6 +174,31 @@ def drop_texts(records: list[Record], chance: float, seed: int) -> list[Record]:
         _unconditional(record) if lot < chance else record
         for record, lot in zip(records, lots, strict=True)
     ]
+
+
+def swap_names(records: list[Record], chance: float, seed: int) -> tuple[list[Record], list[bool]]:
+    """Let some records to segment say what another of the batch should: (records, which).
+
+    Masks that follow the names alone go wrong with them; what the prompt asks for still counts.
+    """
+    lots = np.random.default_rng((seed, 1)).random(len(records))
+    swapped = [
+        lot < chance and record.task in NAMING for record, lot in zip(records, lots, strict=True)
+    ]
+    others = [*records[1:], *records[:1]]
+    found = [
+        replace(record, answer=other.answer) if wrong else record
+        for record, other, wrong in zip(records, others, swapped, strict=True)
+    ]
+    return found, swapped
+
+
+def hush(batch: Batch, rows: list[bool]) -> Batch:
+    """Take the loss off what these rows say."""
+    if not any(rows):
+        return batch
+    silent = torch.tensor(rows)[:, None]
+    return replace(batch, labels=batch.labels.masked_fill(silent, IGNORE))
 
 
 def _unconditional(record: Record) -> Record:

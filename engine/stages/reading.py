@@ -32,7 +32,7 @@ from engine.data.source import config_of, draw_records
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.align import align, spoken
-from engine.stages.multimodal import MultimodalStage, drop_texts
+from engine.stages.multimodal import MultimodalStage, drop_texts, hush, swap_names
 from engine.stages.stage import Micro, load_initial
 from focus.batch import IGNORE, Batch, Source, move
 from focus.config import FocusConfig
@@ -237,11 +237,12 @@ class ReadingStage(MultimodalStage):
         config = config_of(run)
         drawn = draw_records(run, step, micro)
         seed = micro.seed(run, step)
-        records = drop_texts(drawn, float(run.extra.get("drop_text", 0.0)), seed)
-        batch = collate(records, config, tiny_vocabulary(config), seed=seed)
+        kept = drop_texts(drawn, float(run.extra.get("drop_text", 0.0)), seed)
+        records, wrong = swap_names(kept, float(run.extra.get("swap_names", 0.0)), seed)
+        batch = hush(collate(records, config, tiny_vocabulary(config), seed=seed), wrong)
         found = [
             torch.from_numpy(subjects(old.id, config.vanilla.grid)) * (new is old)
-            for old, new in zip(drawn, records, strict=True)
+            for old, new in zip(drawn, kept, strict=True)
         ]
         about = nn.utils.rnn.pad_sequence(found, batch_first=True)
         says = None
