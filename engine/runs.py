@@ -38,6 +38,7 @@ JOINT = {
     "tasks_per_step": 2,
     "segment_weight": 0.1,
     "target_repeats": 6,
+    "swap_names": 0.4,
     "edit_token_weight": 3.0,
     "drop_text": 0.1,
 }
