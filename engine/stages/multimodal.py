@@ -49,7 +49,7 @@ class MultimodalStage(Stage):
 
     `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
     target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), swap_names (see
-    `swap_names`; not with pack), and tasks_per_step: so many
+    `swap_names`), and tasks_per_step: so many
     of the run's micro-batches a step, in turn (default: all of them); pack: length of the trunk's
     packed rows (0: a row per sequence); track_weight: of the object embeddings' contrast between
     the frames of clips (0: none), which micro-batches of the task "video" show in pairs.

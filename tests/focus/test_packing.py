@@ -84,7 +84,8 @@ def test_a_stage_with_packing_has_the_same_losses(task: str) -> None:
         torch.manual_seed(2)
         terms = stage.losses(model.eval(), batch, 0)
         found.append({name: float(term.detach()) for name, term in terms.items()})
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    # Which points a mask loss samples depends on the last bits of how uncertain they are.
+    assert found[0] == pytest.approx(found[1], rel=5e-4)
 
 
 def test_packing_saves_positions() -> None:

@@ -61,7 +61,8 @@ def test_half_precision_answers_as_full_precision_does(both: tuple[Focus, Focus]
         return {
             "referring": model.segment(photo, record.text).masks[0],
             "interactive": model.segment(photo, regions=[box]).masks[0],
-            "class": model.segment(photo, "red circle, star", task="class").labels,
+            # Whether a second, faint star passes the threshold is up to the last bits.
+            "class": set(model.segment(photo, "red circle, star", task="class").labels),
             "vqa": model.chat(photo, "how many objects are there?"),
         }
 
