@@ -179,11 +179,13 @@ def drop_texts(records: list[Record], chance: float, seed: int) -> list[Record]:
 def swap_names(records: list[Record], chance: float, seed: int) -> tuple[list[Record], list[bool]]:
     """Let some records to segment say what another of the batch should: (records, which).
 
-    Masks that follow the names alone go wrong with them; what the prompt asks for still counts.
+    Masks that follow the names alone go wrong with them; what the prompt asks for still counts. The
+    first record keeps its own: every micro-batch, on every rank, has the same terms.
     """
     lots = np.random.default_rng((seed, 1)).random(len(records))
     swapped = [
-        lot < chance and record.task in NAMING for record, lot in zip(records, lots, strict=True)
+        number > 0 and lot < chance and record.task in NAMING
+        for number, (record, lot) in enumerate(zip(records, lots, strict=True))
     ]
     others = [*records[1:], *records[:1]]
     found = [

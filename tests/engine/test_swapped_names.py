@@ -47,7 +47,8 @@ def test_a_stage_swaps_the_share_that_its_run_asks_for() -> None:
     run = dataclasses.replace(run, extra=extra)
     micro = Micro(number=0, task="referring", size=3)
     batch = MultimodalStage().batches(run, 0, micro)
-    assert bool((batch.labels == IGNORE).all()) and batch.masks is not None
+    assert bool((batch.labels[1:] == IGNORE).all()) and batch.masks is not None
+    assert bool((batch.labels[0] != IGNORE).any())  # a rank without any name would lack a term
     plain = MultimodalStage().batches(dataclasses.replace(run, extra={"shards": "live"}), 0, micro)
     assert plain.masks is not None and torch.equal(batch.masks, plain.masks)
     assert bool((plain.labels != IGNORE).any())
