@@ -273,6 +273,10 @@ def _backdrop(rng: np.random.Generator, scene: Scene, kind: str) -> Asked | None
     return None if background.kind == "gradient" else Asked(_ask(rng, kind), background.first)
 
 
+def _mix(split: str) -> dict[str, float]:
+    return DIRECT_VQA if split == DIRECT else VQA
+
+
 def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, Asked]:
     """A scene and a question about it: (kind, scene, question).
 
@@ -280,8 +284,7 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, Asked]:
     held-out pairs only, and nothing is asked about the background.
     """
     unseen = split == "test_unseen"
-    mix = DIRECT_VQA if split == DIRECT else VQA
-    kinds = {k: w for k, w in mix.items() if not (unseen and k.startswith("background"))}
+    kinds = {k: w for k, w in _mix(split).items() if not (unseen and k.startswith("background"))}
     kind = pick(rng, kinds)
     make = _maker(rng, split, kind)
     while True:
@@ -303,9 +306,8 @@ def further_questions(
 ) -> tuple[Asked, ...]:
     """Up to `num` further questions about a scene, none of them asked twice or equal to `first`."""
     found: dict[str, Asked] = {}
-    mix = DIRECT_VQA if split == DIRECT else VQA
     for _ in range(num):
-        kind = pick(rng, {k: w for k, w in mix.items() if k not in FREE_KINDS})
+        kind = pick(rng, {k: w for k, w in _mix(split).items() if k not in FREE_KINDS})
         make = _maker(rng, split, kind)
         for i in askable(rng, scene, split)[:3]:
             asked = make(scene, i)

@@ -74,14 +74,18 @@ class MultimodalStage(Stage):
 
     def batches(self, run: Run, step: int, micro: Micro) -> Batch:
         """Draw one task-homogeneous micro-batch."""
+        return self.draw(run, step, micro)[0]
+
+    def draw(self, run: Run, step: int, micro: Micro) -> tuple[Batch, list[Record], list[Record]]:
+        """Return a micro-batch, its records as drawn, and those with some texts dropped."""
         config = config_of(run)
-        records = draw_records(run, step, micro)
+        drawn = draw_records(run, step, micro)
         seed = micro.seed(run, step)
-        records = drop_texts(records, float(run.extra.get("drop_text", 0.0)), seed)
-        records, wrong = swap_names(records, float(run.extra.get("swap_names", 0.0)), seed)
+        kept = drop_texts(drawn, float(run.extra.get("drop_text", 0.0)), seed)
+        records, wrong = swap_names(kept, float(run.extra.get("swap_names", 0.0)), seed)
         pack = int(run.extra.get("pack", 0))
         batch = collate(records, config, tiny_vocabulary(config), seed=seed, pack=pack)
-        return hush(batch, wrong)
+        return hush(batch, wrong), drawn, kept
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return language and, when the run asks for it, segmentation terms."""

@@ -28,15 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.data.scene_tasks import scene_of, subjects
-from engine.data.source import config_of, draw_records
+from engine.data.source import config_of
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.align import align, spoken
-from engine.stages.multimodal import MultimodalStage, drop_texts, hush, swap_names
+from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro, load_initial
 from focus.batch import IGNORE, Batch, Source, move
 from focus.config import FocusConfig
-from focus.inputs import collate
 from focus.llm import Attention
 from focus.model import Features, FocusModel, gather
 from focus.vision.fusion import Fused
@@ -235,11 +234,7 @@ class ReadingStage(MultimodalStage):
     def batches(self, run: Run, step: int, micro: Micro) -> ReadingBatch:  # type: ignore[override]
         """Draw one task-homogeneous micro-batch with what its answers are about."""
         config = config_of(run)
-        drawn = draw_records(run, step, micro)
-        seed = micro.seed(run, step)
-        kept = drop_texts(drawn, float(run.extra.get("drop_text", 0.0)), seed)
-        records, wrong = swap_names(kept, float(run.extra.get("swap_names", 0.0)), seed)
-        batch = hush(collate(records, config, tiny_vocabulary(config), seed=seed), wrong)
+        batch, drawn, kept = self.draw(run, step, micro)
         found = [
             torch.from_numpy(subjects(old.id, config.vanilla.grid)) * (new is old)
             for old, new in zip(drawn, kept, strict=True)
