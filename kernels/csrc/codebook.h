@@ -5,8 +5,10 @@
 // greatest score. Codes are sorted by norm and cut into groups of kGroup.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -76,6 +78,10 @@ struct Backend {
   int (*candidates)(const Codebook&, const Tokens&, int64_t token, int64_t group, float least,
                     int32_t* out);
   bool quantised;
+  // The greatest of a token's bounds [count], `bias` (may be null) added.
+  float (*greatest)(const float* upper, const float* bias, int64_t count);
+  // Writes the numbers of the bounds that are at least `least`; returns how many. `out` holds count.
+  int (*reaching)(const float* upper, const float* bias, int64_t count, float least, int32_t* out);
 };
 
 // Keeps the codes of a scored group that reach `least`, for the screens in floating point.
@@ -85,6 +91,20 @@ inline int keep(const Codebook& book, int64_t group, const float* score, float l
   for (int j = 0; j < kGroup; j++)
     if (score[j] >= least) out[count++] = book.order[group * kGroup + j];
   return count;
+}
+
+inline float greatest_bound(const float* upper, const float* bias, int64_t count) {
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t g = 0; g < count; g++) top = std::max(top, bias ? upper[g] + bias[g] : upper[g]);
+  return top;
+}
+
+inline int reaching_bounds(const float* upper, const float* bias, int64_t count, float least,
+                           int32_t* out) {
+  int found = 0;
+  for (int64_t g = 0; g < count; g++)
+    if ((bias ? upper[g] + bias[g] : upper[g]) >= least) out[found++] = static_cast<int32_t>(g);
+  return found;
 }
 
 const Backend& scalar_backend();

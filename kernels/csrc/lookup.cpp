@@ -27,7 +27,7 @@ struct focus_codebook : focus::Codebook {};
 namespace focus {
 namespace {
 
-constexpr int64_t kBoundsBytes = 6 << 20;  // bounds of one batch
+constexpr int64_t kBoundsBytes = 3 << 20;  // bounds of one batch
 constexpr int64_t kTokensPerTask = 96;
 
 bool reserve(Tokens& tokens, const Codebook& book, int64_t count) {
@@ -97,6 +97,15 @@ double exact_distance(const Codebook& book, const float* x, int64_t code) {
   return sum;
 }
 
+// Starts loading a row.
+inline void fetch(const float* row, int dim) {
+#if defined(__GNUC__)
+  for (int i = 0; i < dim; i += 16) __builtin_prefetch(row + i);
+#else
+  (void)row, (void)dim;
+#endif
+}
+
 struct Best {
   double distance = std::numeric_limits<double>::infinity();
   int64_t code = std::numeric_limits<int64_t>::max();
@@ -104,56 +113,6 @@ struct Best {
     if (d < distance || (d == distance && c < code)) distance = d, code = c;
   }
 };
-
-// The group with the greatest bound; `bias` may be null. Lanes keep the compiler's vectors full.
-int64_t argmax(const float* upper, const float* bias, int64_t count) {
-  float best[kLane];
-  std::fill_n(best, kLane, -std::numeric_limits<float>::infinity());
-  int64_t g = 0;
-  for (; g + kLane <= count; g += kLane)
-    for (int l = 0; l < kLane; l++) {
-      const float value = bias ? upper[g + l] + bias[g + l] : upper[g + l];
-      best[l] = value > best[l] ? value : best[l];
-    }
-  float top = *std::max_element(best, best + kLane);
-  for (; g < count; g++) top = std::max(top, upper[g] + (bias ? bias[g] : 0.0f));
-  for (g = 0; g < count; g++)
-    if (upper[g] + (bias ? bias[g] : 0.0f) >= top) return g;
-  return 0;
-}
-
-// Screens the codes of the surviving groups and measures those that survive in fp64.
-Best decide(const Codebook& book, const Backend& backend, const Tokens& tokens, int64_t t,
-            const float* x, const float* upper) {
-  Best best;
-  if (tokens.state[t] == kScan) {
-    for (int64_t k = 0; k < book.num_codes; k++) best.offer(exact_distance(book, x, k), k);
-    return best;
-  }
-  const float* high = backend.quantised ? book.bias_high.get() : nullptr;
-  const double slack = static_cast<double>(tokens.margin[t]) + tokens.fine_margin[t];
-  const double squared_scale = static_cast<double>(book.scale) * book.scale;
-  int32_t found[kGroup + kLane];
-  auto measure = [&](int64_t group, double least) {
-    const int count = backend.candidates(book, tokens, t, group, static_cast<float>(least), found);
-    for (int i = 0; i < count; i++)
-      if (found[i] >= 0) best.offer(exact_distance(book, x, found[i]), found[i]);
-  };
-  // The most promising group first: what it holds bounds all others from below. Its own best is at
-  // least upper + its least bias, so that nothing below that by two margins can win.
-  const int64_t promising = argmax(upper, high, book.num_groups);
-  const double floor = upper[promising] + (high ? book.bias_low[promising] : 0.0);
-  measure(promising, floor - 2.0 * slack);
-  // |x' - c'|^2 = |x'|^2 - 2 score
-  auto top = [&] { return 0.5 * (tokens.square[t] - squared_scale * best.distance); };
-  float least = static_cast<float>(top() - slack);
-  for (int64_t g = 0; g < book.num_groups; g++) {
-    if (upper[g] + (high ? high[g] : 0.0f) < least || g == promising) continue;
-    measure(g, least);
-    least = static_cast<float>(top() - slack);
-  }
-  return best;
-}
 
 // Runs task(0..count) on the calling thread and num_threads - 1 more.
 void parallel(int64_t count, int num_threads, const std::function<void(int64_t)>& task) {
@@ -173,6 +132,154 @@ void parallel(int64_t count, int num_threads, const std::function<void(int64_t)>
   work();
   for (auto& thread : threads) thread.join();
 }
+
+// A group that may hold the nearest code of a token: its codes count from the score `least` on.
+struct Visit {
+  int32_t token;
+  int32_t group;
+  float least;
+};
+
+// One batch, from screened groups to nearest codes.
+class Decision {
+ public:
+  Decision(const Codebook& book, const Backend& backend, const Tokens& tokens, const float* x,
+           int64_t count, const float* upper, int num_threads)
+      : book_(book), backend_(backend), tokens_(tokens), x_(x), upper_(upper),
+        high_(backend.quantised ? book.bias_high.get() : nullptr), count_(count),
+        tasks_((count + kTokensPerTask - 1) / kTokensPerTask), num_threads_(num_threads),
+        best_(count), likely_(count), groups_(tasks_) {
+    for (auto& part : groups_) part.resize(book.num_groups);
+  }
+
+  // The most promising group of every token first: what it holds bounds all others from below.
+  const std::vector<Best>& run() {
+    std::vector<std::vector<Visit>> found(tasks_);
+    over_tokens([&](int64_t t, int64_t part) { promising(t, part, found[part]); });
+    make(found);
+    over_tokens([&](int64_t t, int64_t part) { survivors(t, part, found[part]); });
+    make(found);
+    return best_;
+  }
+
+ private:
+  static constexpr int kMany = 16;         // groups of a token that are worth a list
+  static constexpr int64_t kVisits = 256;  // of one task
+  static constexpr int64_t kAhead = 8;     // visits whose rows are on their way at once
+
+  // Runs task(token, number of its part), parts side by side.
+  template <class Task>
+  void over_tokens(const Task& task) const {
+    parallel(tasks_, num_threads_, [&](int64_t part) {
+      const int64_t last = std::min(count_, (part + 1) * kTokensPerTask);
+      for (int64_t t = part * kTokensPerTask; t < last; t++) task(t, part);
+    });
+  }
+
+  const float* row(int64_t t) const { return upper_ + t * book_.num_groups; }
+
+  double slack(int64_t t) const {
+    return static_cast<double>(tokens_.margin[t]) + tokens_.fine_margin[t];
+  }
+
+  // Score of the exact best so far, less what a screen score may be wrong by.
+  float least(int64_t t) const {  // |x' - c'|^2 = |x'|^2 - 2 score
+    const double squared = static_cast<double>(book_.scale) * book_.scale * best_[t].distance;
+    return static_cast<float>(0.5 * (tokens_.square[t] - squared) - slack(t));
+  }
+
+  // Lists the group with the greatest bound. Its own best is at least upper + its least bias:
+  // nothing below that by two margins can win.
+  void promising(int64_t t, int64_t part, std::vector<Visit>& out) {
+    if (tokens_.state[t] != kScreen) return;
+    const float top = backend_.greatest(row(t), high_, book_.num_groups);
+    int32_t* groups = groups_[part].data();
+    backend_.reaching(row(t), high_, book_.num_groups, top, groups);
+    const double floor = row(t)[groups[0]] + (high_ ? book_.bias_low[groups[0]] : 0.0);
+    likely_[t] = groups[0];
+    out.push_back({static_cast<int32_t>(t), groups[0], static_cast<float>(floor - 2 * slack(t))});
+  }
+
+  // Lists the other groups that may beat the exact best so far. A token with many is done at once,
+  // the bound rising with every group.
+  void survivors(int64_t t, int64_t part, std::vector<Visit>& out) {
+    if (tokens_.state[t] == kScan)
+      for (int64_t k = 0; k < book_.num_codes; k++)
+        best_[t].offer(exact_distance(book_, x_ + t * book_.dim, k), k);
+    if (tokens_.state[t] != kScreen) return;
+    int32_t* groups = groups_[part].data();
+    const float reach = least(t);
+    const int count = backend_.reaching(row(t), high_, book_.num_groups, reach, groups);
+    for (int i = 0; i < count; i++) {
+      if (groups[i] == likely_[t]) continue;
+      const Visit visit{static_cast<int32_t>(t), groups[i], count > kMany ? least(t) : reach};
+      if (count <= kMany) {
+        out.push_back(visit);
+      } else if (row(t)[groups[i]] + (high_ ? high_[groups[i]] : 0.0f) >= visit.least) {
+        int32_t codes[kGroup + kLane];
+        measure(visit, codes, screen(visit, codes), best_[t]);
+      }
+    }
+  }
+
+  // Writes the codes of the group that survive; fetches their rows, which lie scattered in memory.
+  int screen(const Visit& visit, int32_t* codes) const {
+    const int count =
+        backend_.candidates(book_, tokens_, visit.token, visit.group, visit.least, codes);
+    for (int i = 0; i < count; i++)
+      if (codes[i] >= 0) fetch(book_.raw.get() + int64_t{codes[i]} * book_.dim, book_.dim);
+    return count;
+  }
+
+  void measure(const Visit& visit, const int32_t* codes, int count, Best& best) const {
+    const float* x = x_ + int64_t{visit.token} * book_.dim;
+    for (int i = 0; i < count; i++)
+      if (codes[i] >= 0) best.offer(exact_distance(book_, x, codes[i]), codes[i]);
+  }
+
+  // Makes all visits and empties their lists. Group by group: a group's codes are read once for all
+  // tokens that need them.
+  void make(std::vector<std::vector<Visit>>& parts) {
+    std::vector<int32_t> next(book_.num_groups + 1, 0);
+    for (const auto& part : parts)
+      for (const Visit& visit : part) next[visit.group + 1]++;
+    for (size_t g = 1; g < next.size(); g++) next[g] += next[g - 1];
+    std::vector<Visit> visits(next.back());
+    for (auto& part : parts) {
+      for (const Visit& visit : part) visits[next[visit.group]++] = visit;
+      part.clear();
+    }
+    std::vector<Best> found(visits.size());
+    const int64_t total = static_cast<int64_t>(visits.size());
+    parallel((total + kVisits - 1) / kVisits, num_threads_, [&](int64_t part) {
+      int32_t codes[kAhead][kGroup + kLane];
+      int count[kAhead];
+      const int64_t end = std::min(total, (part + 1) * kVisits);
+      for (int64_t first = part * kVisits; first < end; first += kAhead) {
+        const int64_t last = std::min(end, first + kAhead);
+        for (int64_t i = first; i < last; i++)
+          count[i - first] = screen(visits[i], codes[i - first]);
+        for (int64_t i = first; i < last; i++)
+          measure(visits[i], codes[i - first], count[i - first], found[i]);
+      }
+    });
+    for (int64_t i = 0; i < total; i++)
+      best_[visits[i].token].offer(found[i].distance, found[i].code);
+  }
+
+  const Codebook& book_;
+  const Backend& backend_;
+  const Tokens& tokens_;
+  const float* x_;
+  const float* upper_;
+  const float* high_;
+  const int64_t count_;
+  const int64_t tasks_;
+  const int num_threads_;
+  std::vector<Best> best_;
+  std::vector<int32_t> likely_;               // the promising group of each token
+  std::vector<std::vector<int32_t>> groups_;  // room for a token's groups, one per part
+};
 
 void run_batch(const Codebook& book, const Backend& backend, Tokens& tokens, const float* x,
                int64_t count, float* upper, int64_t* index, float* distance, int num_threads) {
@@ -194,18 +301,14 @@ void run_batch(const Codebook& book, const Backend& backend, Tokens& tokens, con
     const int64_t to = std::min(book.num_groups, from + span);
     if (from < to) backend.screen(book, tokens, first, last, from, to, upper);
   });
-  parallel(tasks, num_threads, [&](int64_t task) {
-    const auto [first, last] = token_range(task);
-    for (int64_t t = first; t < last; t++) {
-      const bool bad = tokens.state[t] == kBad;
-      const Best best = bad ? Best{}
-                            : decide(book, backend, tokens, t, x + t * book.dim,
-                                     upper + t * book.num_groups);
-      index[t] = bad ? -1 : best.code;
-      distance[t] = bad ? std::numeric_limits<float>::quiet_NaN()
-                        : static_cast<float>(best.distance);
-    }
-  });
+  Decision decision(book, backend, tokens, x, count, upper, num_threads);
+  const std::vector<Best>& best = decision.run();
+  for (int64_t t = 0; t < count; t++) {
+    const bool bad = tokens.state[t] == kBad;
+    index[t] = bad ? -1 : best[t].code;
+    distance[t] = bad ? std::numeric_limits<float>::quiet_NaN()
+                      : static_cast<float>(best[t].distance);
+  }
 }
 
 const Backend* backend_of(int isa) {
@@ -253,8 +356,10 @@ extern "C" int focus_codebook_lookup(const focus_codebook* book, const float* to
   }
   try {
     const int64_t row = book->num_groups * static_cast<int64_t>(sizeof(float));
-    const int64_t most = std::max<int64_t>(focus::kTokensPerTask, focus::kBoundsBytes / row);
-    const int64_t batch = std::max<int64_t>(1, std::min({num_tokens, most, int64_t{8192}}));
+    const int64_t most = std::max<int64_t>(focus::kTokensPerTask,
+                                           std::min<int64_t>(8192, focus::kBoundsBytes / row));
+    const int64_t batches = (num_tokens + most - 1) / most;  // of even sizes
+    const int64_t batch = batches ? (num_tokens + batches - 1) / batches : 1;
     auto upper = focus::allocate<float>(batch * book->num_groups);
     focus::Tokens work;
     if (!upper || !focus::reserve(work, *book, batch)) return FOCUS_NO_MEMORY;

@@ -78,6 +78,37 @@ int candidates_float(const Codebook& book, const Tokens& tokens, int64_t token, 
   return count;
 }
 
+// Up to kLane bounds from `g` on, the rest below everything.
+inline __m512 bounds(const float* upper, const float* bias, int64_t g, int64_t count) {
+  const int64_t left = count - g;
+  const __mmask16 some = left < kLane ? static_cast<__mmask16>((1 << left) - 1) : 0xffff;
+  const __m512 none = _mm512_set1_ps(-3e38f);
+  const __m512 value = _mm512_mask_loadu_ps(none, some, upper + g);
+  if (!bias) return value;
+  return _mm512_mask_add_ps(value, some, value, _mm512_maskz_loadu_ps(some, bias + g));
+}
+
+float greatest(const float* upper, const float* bias, int64_t count) {
+  __m512 top = _mm512_set1_ps(-3e38f);
+  for (int64_t g = 0; g < count; g += kLane)
+    top = _mm512_max_ps(top, bounds(upper, bias, g, count));
+  return _mm512_reduce_max_ps(top);
+}
+
+int reaching(const float* upper, const float* bias, int64_t count, float least, int32_t* out) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int found = 0;
+  for (int64_t g = 0; g < count; g += kLane) {
+    const __mmask16 reach = _mm512_cmp_ps_mask(bounds(upper, bias, g, count),
+                                               _mm512_set1_ps(least), _CMP_GE_OQ);
+    if (!reach) continue;
+    const __m512i number = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(g)));
+    _mm512_mask_compressstoreu_epi32(out + found, reach, number);
+    found += __builtin_popcount(reach);
+  }
+  return found;
+}
+
 #define FOCUS_INLINE inline __attribute__((always_inline))
 
 // Integer scores of one token and 64 codes. Named members and not an array: compilers keep these in
@@ -196,12 +227,12 @@ void screen_quantised(const Codebook& book, const Tokens& tokens, int64_t first,
 }  // namespace
 
 const Backend& avx512_backend() {
-  static const Backend backend{screen_float, candidates_float, false};
+  static const Backend backend{screen_float, candidates_float, false, greatest, reaching};
   return backend;
 }
 
 const Backend& vnni_backend() {
-  static const Backend backend{screen_quantised, candidates_int8, true};
+  static const Backend backend{screen_quantised, candidates_int8, true, greatest, reaching};
   return backend;
 }
 

@@ -40,7 +40,7 @@ int candidates(const Codebook& book, const Tokens& tokens, int64_t token, int64_
 }  // namespace
 
 const Backend& scalar_backend() {
-  static const Backend backend{screen, candidates, false};
+  static const Backend backend{screen, candidates, false, greatest_bound, reaching_bounds};
   return backend;
 }
 

@@ -97,9 +97,10 @@ def backward(
     heads = split(query @ w_q.T, num_heads)
     attended = merge(attended_of(context, weights, padding_mask))
     opening = torch.tanh(gate.to(dtype))
-    grad_gate = (1 - opening.square()) * (grad.to(dtype) * (attended @ w_o.T)).sum()
+    grad_merged = grad.to(low) @ w_o  # before the gate
+    grad_gate = (1 - opening.square()) * (grad_merged.to(dtype) * attended).sum()
     grad_update = (grad.to(dtype) * opening).to(low)
-    grad_attended = split(grad_update @ w_o, num_heads)
+    grad_attended = split((grad_merged.to(dtype) * opening).to(low), num_heads)
     if padding_mask is not None:
         dead = padding_mask.all(-1)[:, None, None, None]
         grad_attended = grad_attended.masked_fill(dead, 0.0)
@@ -139,18 +140,40 @@ def _projection_gradients(
     weights: Weights,
     projections: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of w_feature, b_feature, w_k, w_v from those of the folded products."""
+    """Return the gradients of w_feature, b_feature, w_k, w_v.
+
+    Either from those of the folded products, 8 D^2 C, or, row by row, without forming them:
+    8 B Q D (D + H C). The second for few queries.
+    """
     w_feature, b_feature, w_k, w_v = projections
-    scale = weights.keys.shape[1] ** -0.5
-    flat_keys = _over_batch(heads, grad_rows).flatten(0, 1) * scale
-    flat_values = _over_batch(grad_attended, context).flatten(0, 1)
+    dim, channels = w_feature.shape
+    batch, num_heads, num_queries, head = heads.shape
+    scale = head**-0.5
     grad_bias = grad_attended.sum((0, 2)).flatten()
-    return (
-        w_k.T @ flat_keys + w_v.T @ flat_values,
-        w_v.T @ grad_bias,
-        flat_keys @ w_feature.T,
-        flat_values @ w_feature.T + torch.outer(grad_bias, b_feature),
-    )
+    if batch * num_queries * (dim + num_heads * channels) < dim * channels:
+        grad_keys, part_keys = _row_gradients(heads, grad_rows * scale, w_k, w_feature)
+        grad_values, part_values = _row_gradients(grad_attended, context, w_v, w_feature)
+        grad_feature = part_keys + part_values
+    else:
+        flat_keys = _over_batch(heads, grad_rows).flatten(0, 1) * scale
+        flat_values = _over_batch(grad_attended, context).flatten(0, 1)
+        grad_keys, grad_values = flat_keys @ w_feature.T, flat_values @ w_feature.T
+        grad_feature = w_k.T @ flat_keys + w_v.T @ flat_values
+    grad_values = grad_values + torch.outer(grad_bias, b_feature)
+    return grad_feature, w_v.T @ grad_bias, grad_keys, grad_values
+
+
+def _row_gradients(
+    heads: Tensor, rows: Tensor, weight: Tensor, w_feature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `weight` [D, D] and w_feature in sum heads W_h W_feature . rows.
+
+    heads [B, H, Q, D / H], rows [B, H, Q, C].
+    """
+    per_head = weight.reshape(heads.shape[1], -1, weight.shape[1])
+    into = (heads @ per_head).flatten(0, 2)  # [B H Q, D]
+    grad_weight = _over_batch(heads, rows @ w_feature.T).flatten(0, 1)
+    return grad_weight, into.T @ rows.flatten(0, 2)
 
 
 def _over_batch(left: Tensor, right: Tensor) -> Tensor:
