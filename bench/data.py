@@ -40,6 +40,7 @@ from engine.data.views import Sizes, bucket_sizes, make_view
 FRAME = (768, 768)
 BATCH = 16
 WORKERS = 2
+LEAST = 5 * BATCH  # samples of a round: a batch for start-up and one for each worker, twice
 SAME = 1.0  # levels of 255, on average, by which two loaders' copies may differ
 SIZES = ((640, 480), (480, 640), (768, 1024), (600, 800), (960, 640), (512, 512), (700, 1240))
 # Samples a second that an 8-GPU node asks for, at the batch of Table 6 and a step every second.
@@ -321,6 +322,9 @@ def main(argv: list[str] | None = None) -> int:
         "--memory", type=int, default=0, metavar="N", help="samples to watch RSS over"
     )
     args = parser.parse_args(argv)
+    if args.samples < LEAST:
+        parser.error(f"--samples: at least {LEAST} expected, got {args.samples}; a loader's first "
+                     "batch is not timed")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.shards or Path(scratch)
         if args.shards is None:
