@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def line(check: Check) -> str:
     """Describe one check."""
     sizes = " ".join(f"{name}={size}" for name, size in check.sizes.items())
-    told = "" if check.moved is None else f"; its inputs' last bits move it by {check.moved:.0e}"
+    told = "" if check.moved is None else f"; moved inputs move it by {check.moved:.0e}"
     mark = "ok  " if check.passed else "FAIL"
     return (
         f"{mark} {check.part:16s} {check.backend:8s} {sizes:44s} {check.output:16s} "

@@ -49,12 +49,12 @@ def test_a_smooth_part_is_held_to_the_limit() -> None:
     ] * 3
     for check in checks(Smooth(), 3e-5):
         assert not check.passed and check.limit == 1e-5
-        assert check.moved is not None and check.moved < 1e-5
+        assert check.moved is not None and check.moved < 1e-4
 
 
 def test_a_part_that_decides_is_held_to_what_rounding_makes_of_it() -> None:
     for check in checks(Deciding(), 1e-4):
         assert check.moved is not None and check.moved > 1e-3
         assert check.passed and check.limit == check.moved
-    assert not any(check.passed for check in checks(Deciding(), 0.5))
+    assert not any(check.passed for check in checks(Deciding(), 2.0))
     assert not any(check.passed for check in checks(Deciding(), float("nan")))
