@@ -155,7 +155,7 @@ def focus_tiny() -> FocusConfig:
             num_points=256,
             place=True,
         ),
-        region=RegionConfig(num_points=64, hierarchical_scale="res3", position=True),
+        region=RegionConfig(num_points=64, hierarchical_scale=None, position=True),
         diffusion=DiffusionConfig(
             channels=(48, 96),
             layers_per_block=1,

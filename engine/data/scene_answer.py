@@ -38,6 +38,20 @@ VQA: dict[str, float] = {
 }
 # The first questions of a trunk that has yet to learn to look anything up.
 DIRECT_VQA = {"colour": 0.3, "shape": 0.3, "size": 0.1, "count": 0.1, "exists": 0.2}
+# The further questions of a training dialogue: more of what takes long to learn.
+FURTHER_VQA: dict[str, float] = {
+    "colour": 0.1,
+    "shape": 0.08,
+    "size": 0.05,
+    "count": 0.17,
+    "exists": 0.1,
+    "which": 0.17,
+    "between": 0.05,
+    "relation": 0.09,
+    "place": 0.11,
+    "background_colour": 0.05,
+    "background_pattern": 0.03,
+}
 # Kinds whose answer is free text and cannot be scored by exact match.
 FREE_KINDS = frozenset({"describe"})
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -273,10 +287,6 @@ def _backdrop(rng: np.random.Generator, scene: Scene, kind: str) -> Asked | None
     return None if background.kind == "gradient" else Asked(_ask(rng, kind), background.first)
 
 
-def _mix(split: str) -> dict[str, float]:
-    return DIRECT_VQA if split == DIRECT else VQA
-
-
 def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, Asked]:
     """A scene and a question about it: (kind, scene, question).
 
@@ -284,7 +294,8 @@ def question(rng: np.random.Generator, split: str) -> tuple[str, Scene, Asked]:
     held-out pairs only, and nothing is asked about the background.
     """
     unseen = split == "test_unseen"
-    kinds = {k: w for k, w in _mix(split).items() if not (unseen and k.startswith("background"))}
+    mix = DIRECT_VQA if split == DIRECT else VQA
+    kinds = {k: w for k, w in mix.items() if not (unseen and k.startswith("background"))}
     kind = pick(rng, kinds)
     make = _maker(rng, split, kind)
     while True:
@@ -307,7 +318,7 @@ def further_questions(
     """Up to `num` further questions about a scene, none of them asked twice or equal to `first`."""
     found: dict[str, Asked] = {}
     for _ in range(num):
-        kind = pick(rng, {k: w for k, w in _mix(split).items() if k not in FREE_KINDS})
+        kind = pick(rng, DIRECT_VQA if split == DIRECT else FURTHER_VQA)
         make = _maker(rng, split, kind)
         for i in askable(rng, scene, split)[:3]:
             asked = make(scene, i)

@@ -30,6 +30,7 @@ from engine.data.scene_text import caption, name, names
 
 MAX_DRAWN = 4  # objects in a picture to generate
 MAX_TURNS = 10  # further questions of a training dialogue
+MANY_REGIONS = 0.2  # how often a training prompt points at every object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,12 @@ def _reasoning(rng: np.random.Generator, split: str) -> Draft:
 
 
 def _interactive(rng: np.random.Generator, split: str) -> Draft:
-    """One region, or two of the same kind, each with its own object."""
+    """One region, or two of the same kind, each with its own object; often more in training."""
     scene = random_scene(rng, split)
-    found = askable(rng, scene, split)[: 2 if rng.random() < 0.3 else 1]
+    most = 2 if rng.random() < 0.3 else 1
+    if split == "train" and rng.random() < MANY_REGIONS:  # each teaches as much as a picture more
+        most = len(scene.objects)
+    found = askable(rng, scene, split)[:most]
     kind = choose(rng, REGION_KINDS)
     return Draft(
         kind=kind,

@@ -1,4 +1,4 @@
-"""Throw-away classifiers that teach encoders which colour and which shape lies where."""
+"""Throw-away classifiers: which colour, shape and size lie where, for encoders and their fusion."""
 
 # B batch, h w stride-4 grid, S vanilla tokens
 
@@ -13,58 +13,62 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.data.scene_draw import render
-from engine.data.scene_model import COLOURS, SHAPES, Scene, random_scene, stream
+from engine.data.scene_model import COLOURS, SHAPES, SIZES, Scene, random_scene, stream
 from focus.batch import Pictures, move
 from focus.config import SCALES, FocusConfig
 from focus.inputs import to_pictures
 
 STRIDE = 4  # of the label maps
-CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1)  # 0 is background
+KINDS = (tuple(COLOURS), SHAPES, SIZES)  # what an object is told by
+CLASSES = tuple(len(names) + 1 for names in KINDS)  # 0 is background
 PATCHES = 4  # coarse RGB patches that a vanilla token must tell, each way
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseBatch:
-    """Pictures with what lies where: colour and shape per stride-4 cell, 0 = background."""
+    """Pictures with what lies where, per stride-4 cell."""
 
     pictures: Pictures
-    colour: Tensor  # [B, h, w] int64
-    shape: Tensor  # [B, h, w] int64
+    classes: Tensor  # [B, 3, h, w] int64: colour, shape, size; 0 = background
 
     def to(self, device: torch.device | str) -> DenseBatch:
         """Move every tensor."""
         return move(self, device)
 
 
-def class_tables(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Return colour and shape class by instance number, 0 for the background."""
-    colours, shapes = list(COLOURS), list(SHAPES)
-    return (
-        np.array([0] + [1 + colours.index(o.colour) for o in scene.objects]),
-        np.array([0] + [1 + shapes.index(o.shape) for o in scene.objects]),
-    )
+def class_table(scene: Scene) -> np.ndarray:
+    """Return colour, shape and size class [3, 1 + objects] by instance, 0 for the background."""
+    rows = [
+        [
+            1 + names.index(value)
+            for names, value in zip(KINDS, (o.colour, o.shape, o.size), strict=True)
+        ]
+        for o in scene.objects
+    ]
+    return np.array([[0] * len(KINDS), *rows]).T
 
 
 def draw_dense(config: FocusConfig, seed: int, first: int, count: int) -> DenseBatch:
     """Draw `count` training scenes from number `first` on, with their label maps."""
-    images, colours, shapes = [], [], []
+    images, classes = [], []
     for index in range(first, first + count):
         scene = random_scene(stream("dense", seed, index), "train")
         image, instance = render(scene, config.hierarchical.image_size)
         middle = instance[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
-        colour, shape = class_tables(scene)
         images.append(image)
-        colours.append(colour[middle])
-        shapes.append(shape[middle])
+        classes.append(class_table(scene)[:, middle])
     return DenseBatch(
         pictures=to_pictures(images, config),
-        colour=torch.from_numpy(np.stack(colours)),
-        shape=torch.from_numpy(np.stack(shapes)),
+        classes=torch.from_numpy(np.stack(classes)),
     )
 
 
 class DenseHeads(nn.Module):
-    """Classify every ConvNeXt scale, their sum, and every vanilla token's content and colours."""
+    """Classify every ConvNeXt scale, their sum, vanilla tokens and fused ones.
+
+    Vanilla tokens also tell coarse colours. Fused tokens only gain from the hierarchical encoder
+    what their cross-attention fetches: reconstruction alone hardly opens it.
+    """
 
     def __init__(self, config: FocusConfig) -> None:
         super().__init__()
@@ -74,9 +78,12 @@ class DenseHeads(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(dim, 48, 1) for dim in dims)
         self.fine = nn.Sequential(nn.GELU(), nn.Conv2d(48, out, 3, padding=1))
         self.token = nn.Linear(config.vanilla.out_dim, out + 3 * PATCHES**2)
+        self.fused = nn.Linear(config.fusion.dim, out)
 
-    def forward(self, maps: Sequence[Tensor], low: Tensor, batch: DenseBatch) -> dict[str, Tensor]:
-        """Return the loss terms of ConvNeXt maps [B, C, ., .] and vanilla tokens [B, S, D]."""
+    def forward(
+        self, maps: Sequence[Tensor], low: Tensor, fused: Tensor, batch: DenseBatch
+    ) -> dict[str, Tensor]:
+        """Return the terms of ConvNeXt maps [B, C, ., .], vanilla and fused tokens [B, S, D]."""
         size = maps[0].shape[-2:]
         summed = torch.stack(
             [
@@ -90,6 +97,9 @@ class DenseHeads(nn.Module):
             terms[name] = 0.25 * _dense_loss(layer(x), content)
         tokens = self.token(low).transpose(1, 2).unflatten(2, self.grid)
         terms["vanilla"] = _dense_loss(tokens[:, : sum(CLASSES)], content)
+        terms["fused"] = _dense_loss(
+            self.fused(fused).transpose(1, 2).unflatten(2, self.grid), content
+        )
         coarse = F.adaptive_avg_pool2d(
             batch.pictures.vanilla, (PATCHES * self.grid[0], PATCHES * self.grid[1])
         )
@@ -99,13 +109,13 @@ class DenseHeads(nn.Module):
 
 
 def _content(batch: DenseBatch) -> Tensor:
-    """One-hot colour and shape maps, concatenated: [B, colours + shapes, h, w]."""
-    colour, shape = F.one_hot(batch.colour, CLASSES[0]), F.one_hot(batch.shape, CLASSES[1])
-    return torch.cat([colour, shape], -1).permute(0, 3, 1, 2).float()
+    """One-hot colour, shape and size maps, concatenated: [B, sum of CLASSES, h, w]."""
+    maps = zip(batch.classes.unbind(1), CLASSES, strict=True)
+    return torch.cat([F.one_hot(x, n) for x, n in maps], -1).permute(0, 3, 1, 2).float()
 
 
 def _dense_loss(logits: Tensor, content: Tensor) -> Tensor:
-    """Soft cross-entropy of colour plus shape against the share of each class in a cell.
+    """Soft cross-entropies, summed, against the share of each class in a cell.
 
     Cells with objects are rare, so they weigh in proportion to how much object they hold.
     """
