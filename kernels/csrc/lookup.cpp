@@ -155,6 +155,8 @@ class Decision {
   // The most promising group of every token first: what it holds bounds all others from below.
   const std::vector<Best>& run() {
     std::vector<std::vector<Visit>> found(tasks_);
+    // All room beforehand: a thread that finds no memory could not say so.
+    for (auto& part : found) part.reserve(kTokensPerTask * kMany);
     over_tokens([&](int64_t t, int64_t part) { promising(t, part, found[part]); });
     make(found);
     over_tokens([&](int64_t t, int64_t part) { survivors(t, part, found[part]); });
