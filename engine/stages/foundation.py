@@ -46,6 +46,7 @@ def look_here(attention: FusionAttention) -> None:
     here[:NEAR] = here[axis : axis + NEAR] = HERE
     attention.query.bias.view(-1, width).copy_(here.expand(attention.config.num_heads, -1))
     for layer in attention.key_value.values():
+        assert isinstance(layer, nn.Linear)
         layer.bias.view(2, -1, width)[0].copy_(here.expand(attention.config.num_heads, -1))
 
 
