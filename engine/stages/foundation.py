@@ -28,8 +28,6 @@ from focus.presets import CONFIGS
 from focus.vision.fusion import FusionAttention
 
 SQUARE = 10.0  # weight of the VAE's squared error: small bright objects count for little in L1
-
-
 NEAR, HERE = 2, 6.5  # frequencies of an axis that tell places apart, and their bias
 
 
@@ -44,10 +42,10 @@ def look_here(attention: FusionAttention) -> None:
     width, axis = attention.head_dim, attention.head_dim // 4
     here = torch.zeros(width)
     here[:NEAR] = here[axis : axis + NEAR] = HERE
-    attention.query.bias.view(-1, width).copy_(here.expand(attention.config.num_heads, -1))
+    attention.query.bias.view(-1, width).copy_(here)
     for layer in attention.key_value.values():
         assert isinstance(layer, nn.Linear)
-        layer.bias.view(2, -1, width)[0].copy_(here.expand(attention.config.num_heads, -1))
+        layer.bias.view(2, -1, width)[0].copy_(here)
 
 
 class FoundationModel(FocusModel):

@@ -5,10 +5,8 @@
 // greatest score. Codes are sorted by norm and cut into groups of kGroup.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -85,7 +83,7 @@ struct Backend {
 };
 
 // Keeps the codes of a scored group that reach `least`, for the screens in floating point.
-inline int keep(const Codebook& book, int64_t group, const float* score, float least,
+static inline int keep(const Codebook& book, int64_t group, const float* score, float least,
                 int32_t* out) {
   int count = 0;
   for (int j = 0; j < kGroup; j++)
@@ -93,19 +91,11 @@ inline int keep(const Codebook& book, int64_t group, const float* score, float l
   return count;
 }
 
-inline float greatest_bound(const float* upper, const float* bias, int64_t count) {
-  float top = -std::numeric_limits<float>::infinity();
-  for (int64_t g = 0; g < count; g++) top = std::max(top, bias ? upper[g] + bias[g] : upper[g]);
-  return top;
-}
-
-inline int reaching_bounds(const float* upper, const float* bias, int64_t count, float least,
-                           int32_t* out) {
-  int found = 0;
-  for (int64_t g = 0; g < count; g++)
-    if ((bias ? upper[g] + bias[g] : upper[g]) >= least) out[found++] = static_cast<int32_t>(g);
-  return found;
-}
+// Searches without an instruction set of their own; defined once, in the file for any processor: of
+// an inline function the linker might keep the copy of a file that was compiled for more.
+float greatest_bound(const float* upper, const float* bias, int64_t count);
+int reaching_bounds(const float* upper, const float* bias, int64_t count, float least,
+                    int32_t* out);
 
 const Backend& scalar_backend();
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,5 +1,6 @@
 // Portable screen, and the fallback of every machine.
 #include <algorithm>
+#include <limits>
 
 #include "codebook.h"
 
@@ -38,6 +39,20 @@ int candidates(const Codebook& book, const Tokens& tokens, int64_t token, int64_
 }
 
 }  // namespace
+
+float greatest_bound(const float* upper, const float* bias, int64_t count) {
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t g = 0; g < count; g++) top = std::max(top, bias ? upper[g] + bias[g] : upper[g]);
+  return top;
+}
+
+int reaching_bounds(const float* upper, const float* bias, int64_t count, float least,
+                    int32_t* out) {
+  int found = 0;
+  for (int64_t g = 0; g < count; g++)
+    if ((bias ? upper[g] + bias[g] : upper[g]) >= least) out[found++] = static_cast<int32_t>(g);
+  return found;
+}
 
 const Backend& scalar_backend() {
   static const Backend backend{screen, candidates, false, greatest_bound, reaching_bounds};

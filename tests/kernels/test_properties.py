@@ -19,6 +19,8 @@ from tests.kernels import budget
 
 MASK = catalog.kernel("mask_attention")
 GATED = catalog.kernel("gated_cross_attention")
+# Where there is one token, the exact gradients of these are zero.
+CANCELLING = frozenset({"query", "w_q", "w_k"})
 FEW = settings(max_examples=12, deadline=None, derandomize=True)
 sides = st.sampled_from([1, 2, 5, 8, 13])
 
@@ -48,7 +50,7 @@ def test_structured_mask_attention_stays_within_budget_on_random_problems(
     seed=st.integers(1, 200),
     batch=st.integers(1, 3),
     queries=st.sampled_from([1, 3, 8]),
-    tokens=st.sampled_from([2, 63, 100]),
+    tokens=st.sampled_from([1, 2, 63, 100]),
     channels=st.sampled_from([1, 4, 31]),
     heads=st.sampled_from([1, 2, 4]),
     head=st.sampled_from([1, 4, 6]),
@@ -59,7 +61,8 @@ def test_gated_cross_attention_stays_within_budget_on_random_problems(
     seed: int, heads: int, head: int, name: str, **sizes: Any
 ) -> None:
     case = Case(name="." * seed, sizes={**sizes, "heads": heads, "dim": heads * head})
-    budget.check(GATED, name, case, torch.float32)
+    apart = CANCELLING if sizes["tokens"] == 1 else frozenset()
+    budget.check(GATED, name, case, torch.float32, apart=apart)
 
 
 @pytest.mark.parametrize("name", ["absorbed", "explicit"])
@@ -70,7 +73,7 @@ def test_one_token_leaves_nothing_to_choose(name: str) -> None:
         inputs = GATED.inputs(Case(name="." * seed, sizes=sizes), torch.float32, "cpu")
         _, grads = budget.run(GATED, name, inputs)
         for key, grad in zip(GATED.differentiable, grads, strict=True):
-            if key in ("query", "w_q", "w_k"):
+            if key in CANCELLING:
                 assert float(grad.norm()) < 5e-6
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data.dali import dali_problem
+from engine.data import cache
+from engine.data.dali import DaliDecoder, dali_problem
 from engine.data.words import tiny_vocabulary
 from engine.evaluate.tasks import evaluate
 from engine.run import Run
@@ -55,15 +56,22 @@ def trained(folder: Path, loader: str) -> tuple[list[dict[str, float]], Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
-def test_all_tiny_stages_train_the_same_through_dali(tmp_path: Path) -> None:
-    figures, logs = [], []
+def test_all_tiny_stages_train_the_same_through_dali(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
+    figures, logs, decoded = [], [], []
+    decode = DaliDecoder.decode
+    monkeypatch.setattr(DaliDecoder, "decode", lambda *a: decoded.append(1) or decode(*a))
     for loader in ("pil", "dali"):
+        assert not decoded
         terms, weights = trained(tmp_path / loader, loader)
         model = FocusModel(focus_tiny())
         load_initial(model, weights)
         ready = Focus(model, tiny_vocabulary(focus_tiny()))
         figures.append(evaluate(ready, num=4, tasks=("referring", "vqa", "tokenizer")))
         logs.append(terms)
+    assert decoded
     assert len(logs[0]) == STEPS * len(TINY_SEQUENCE)
     assert logs[0] == logs[1]
     assert figures[0] == figures[1]
