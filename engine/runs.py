@@ -43,6 +43,7 @@ JOINT = {
     "swap_names": 0.4,
     "edit_token_weight": 3.0,
     "drop_text": 0.1,
+    "blank_codes": 0.7,
 }
 
 
@@ -226,18 +227,20 @@ def focus_tiny_seeing() -> Run:
         model="focus_tiny",
         steps=1200,
         micro_batches=(
+            ("generation", 20),
             ("vqa", 14),
+            ("editing", 12),
             ("referring", 14),
-            ("vqa", 14),
+            ("generation", 20),
             ("interactive", 12),
+            ("editing", 12),
             ("vqa", 14),
-            ("editing", 10),
+            ("generation", 20),
+            ("class", 10),
+            ("editing", 12),
             ("referring", 14),
-            ("class", 8),
             ("vqa", 14),
-            ("generation", 12),
-            ("referring", 14),
-            ("interactive", 12),
+            ("reasoning", 10),
         ),
         rates=_rates(3e-4, ("front.token_embedding.*", "front.position.*", "front.adapter.*"))
         | _rates(3e-4, ("front.pixel_project.*", "front.fusion.mlp.*", "front.fusion.project.*"))
@@ -263,6 +266,7 @@ def focus_tiny_seeing() -> Run:
             "align": 768,
             "align_share": 2.0,
             "mask_layer": 4,
+            "draw_layer": 2,
         },
     )
 

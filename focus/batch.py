@@ -70,6 +70,7 @@ class Batch:
     num_conditions: Tensor | None = None  # [B]
     target: Pictures | None = None  # picture to generate: vanilla and hierarchical give its codes
     edit_mask: Tensor | None = None  # [B, H, W] bool, region that the edit changes
+    blank: Tensor | None = None  # [B, T] bool: codes hidden from what follows them, labels stay
     places: Tensor | None = None  # [B, 2] row and first position in packed rows of the trunk
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:

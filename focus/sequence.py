@@ -198,7 +198,8 @@ def written_codes(batch: Batch) -> Tensor:
 def fill_codes(batch: Batch, codes: CodesLike, vocabulary: Vocabulary) -> Batch:
     """Return the batch with the codes of its target pictures as ids and labels.
 
-    Only positions that `build` gave a label are taught. The input batch is left as it was.
+    Only positions that `build` gave a label are taught. Where `blank` is set, the padding id stands
+    in place of the code. The input batch is left as it was.
 
     Raises:
         ShapeError: the code grids do not cover the cells that the sequences write.
@@ -217,7 +218,9 @@ def fill_codes(batch: Batch, codes: CodesLike, vocabulary: Vocabulary) -> Batch:
     labels = batch.labels.clone()
     taught = where[:, 1:] & (labels[:, :-1] != IGNORE)
     labels[:, :-1] = torch.where(taught, ids[:, 1:], labels[:, :-1])
-    return dataclasses.replace(batch, input_ids=ids, labels=labels)
+    if batch.blank is not None:
+        ids = ids.masked_fill(batch.blank & where, vocabulary.pad_id)
+    return dataclasses.replace(batch, input_ids=ids, labels=labels, blank=None)
 
 
 def _check_cover(level: int, grid: Tensor, rows: Tensor, columns: Tensor, batch: int) -> None:

@@ -341,6 +341,6 @@ def _maker(rng: np.random.Generator, split: str, kind: str) -> Callable[[Scene, 
         "place": lambda s, i: _place(rng, s, i),
         "background_colour": lambda s, i: _backdrop(rng, s, kind),
         "background_pattern": lambda s, i: _backdrop(rng, s, kind),
-        "describe": lambda s, i: Asked(_ask(rng, kind), caption(rng, s)),
+        "describe": lambda s, i: Asked(_ask(rng, kind), caption(rng, s).text),
     }
     return makers[kind]

@@ -91,7 +91,8 @@ PLACE_NAMES: dict[str, tuple[str, ...]] = {
 class Edit:
     """Scene before and after. target: the object that changes, None for the background.
 
-    region: how the user points at the target, when the text holds "<region>".
+    region: how the user points at the target, when the text holds "<region>". told: the words of
+    the text for what comes in its place (colour, noun or place), empty when nothing does.
     """
 
     kind: str
@@ -100,6 +101,7 @@ class Edit:
     target: int | None
     text: str
     region: RegionKind | None = None
+    told: str = ""
 
 
 def _with(scene: Scene, target: int, item: SceneObject | None) -> Scene:
@@ -187,7 +189,7 @@ def _background(rng: np.random.Generator, scene: Scene) -> Edit:
     colour = choose(rng, far)
     after = replace(scene, background=Background(kind="plain", first=colour, second=colour))
     text = choose(rng, TEMPLATES["background"]).format(c=colour)
-    return Edit(kind="background", before=scene, after=after, target=None, text=text)
+    return Edit(kind="background", before=scene, after=after, target=None, text=text, told=colour)
 
 
 def editing(rng: np.random.Generator, split: str) -> Edit:
@@ -204,6 +206,7 @@ def editing(rng: np.random.Generator, split: str) -> Edit:
         for target in askable(rng, scene, split):
             item: SceneObject | None = None
             words: dict[str, str] = {}
+            told = ""
             if kind != "remove":
                 change = (
                     _moved(rng, scene, target)
@@ -213,11 +216,18 @@ def editing(rng: np.random.Generator, split: str) -> Edit:
                 if change is None:
                     continue
                 item, words = change
+                told = words["p" if kind == "move" else "c" if kind == "recolour" else "n"]
             pointed = _point(rng, scene, target)
             if pointed is None:
                 continue
             text = choose(rng, TEMPLATES[kind]).format(x=pointed[0], **words)
             after = _with(scene, target, item)
             return Edit(
-                kind=kind, before=scene, after=after, target=target, text=text, region=pointed[1]
+                kind=kind,
+                before=scene,
+                after=after,
+                target=target,
+                text=text,
+                region=pointed[1],
+                told=told,
             )

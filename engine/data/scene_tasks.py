@@ -37,7 +37,9 @@ MANY_REGIONS = 0.2  # how often a training prompt points at every object
 class Draft:
     """A sample before rendering. targets: (object, label) of each mask; regions: objects.
 
-    about: for each answer of a dialogue, the objects that its question is about.
+    about: for each answer of a dialogue, the objects that its question is about. told: what a
+    picture to draw takes from the text, as pairs of 0 for the backdrop or an object's number plus
+    one, and the words for it.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Draft:
     region_kinds: tuple[RegionKind, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     about: tuple[tuple[int, ...], ...] = ()
+    told: tuple[tuple[int, str], ...] = ()
 
 
 def _class(rng: np.random.Generator, split: str) -> Draft:
@@ -115,8 +118,14 @@ def _interactive(rng: np.random.Generator, split: str) -> Draft:
 
 def _generation(rng: np.random.Generator, split: str) -> Draft:
     scene = random_scene(rng, split, max_num=MAX_DRAWN, all_unseen=True, anchored=True)
-    text = caption(rng, scene)
-    return Draft(kind=f"objects_{len(scene.objects)}", scene=scene, text=text, after=scene)
+    said = caption(rng, scene)
+    return Draft(
+        kind=f"objects_{len(scene.objects)}",
+        scene=scene,
+        text=said.text,
+        after=scene,
+        told=((0, said.backdrop), *((i + 1, phrase) for i, phrase in said.items)),
+    )
 
 
 def _editing(rng: np.random.Generator, split: str) -> Draft:
@@ -131,6 +140,7 @@ def _editing(rng: np.random.Generator, split: str) -> Draft:
         changed=target,
         regions=() if edit.region is None or target is None else (target,),
         region_kinds=() if edit.region is None else (edit.region,),
+        told=((0 if target is None else target + 1, edit.told),) if edit.told else (),
     )
 
 
@@ -285,6 +295,38 @@ def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
         about = ((),)
     share = coverage(plan.scene, grid)
     return np.stack([share[:, [i + 1 for i in objects]].sum(1) for objects in about])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the cells of a picture to draw come from.
+
+    told: words of the text and the share [rows * columns] of each cell that what they say covers.
+    kept: share of each cell that stays as it is in the picture given, 0 where none is.
+    """
+
+    told: tuple[tuple[str, np.ndarray], ...]
+    kept: np.ndarray
+
+
+def plan_of(record_id: str, grid: tuple[int, int]) -> Plan:
+    """What each cell of a picture to draw comes from, from the record's id alone.
+
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    drawn = _plan(record_id)
+    none = np.zeros(grid[0] * grid[1], np.float32)
+    if drawn.after is None:
+        return Plan(told=(), kept=none)
+    after = coverage(drawn.after, grid)
+    told = tuple((words, after[:, column]) for column, words in drawn.told)
+    if drawn.after is drawn.scene:
+        return Plan(told=told, kept=none)
+    changed = 0 if drawn.changed is None else drawn.changed + 1
+    before = coverage(drawn.scene, grid)[:, changed]
+    if drawn.kind == "remove":  # what shows there now is told by no single place
+        return Plan(told=told, kept=np.asarray(before == 0, np.float32))
+    return Plan(told=told, kept=1 - np.maximum(before, after[:, changed]))
 
 
 def requested(record_id: str) -> tuple[Requested, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -290,13 +291,23 @@ def _join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def caption(rng: np.random.Generator, scene: Scene) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """A picture in words. items: each object (its number) and its phrase, in order of mention."""
+
+    text: str
+    items: tuple[tuple[int, str], ...]
+    backdrop: str
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> Caption:
     """One or two sentences that name every object with size, colour, place, and the backdrop."""
     order = rng.permutation(len(scene.objects))
     if rng.random() < 0.5:
         order = np.argsort([o.x for o in scene.objects])
     order = np.array(sorted(order, key=lambda i: _is_guest(scene, int(i))))  # hosts are named first
-    parts = _join([_item_phrase(rng, scene, int(i)) for i in order])
+    items = tuple((int(i), _item_phrase(rng, scene, int(i))) for i in order)
+    parts = _join([phrase for _, phrase in items])
     back = background_phrase(rng, scene.background)
     template = choose(
         rng,
@@ -309,7 +320,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
             "{back}, with {parts}",
         ),
     )
-    return template.format(parts=parts, back=back)
+    return Caption(text=template.format(parts=parts, back=back), items=items, backdrop=back)
 
 
 def _is_guest(scene: Scene, i: int) -> bool:

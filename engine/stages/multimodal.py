@@ -27,7 +27,7 @@ from focus.model import CONDITION_KINDS, Features, FocusModel
 from focus.prompts import DRAWING, Prompt
 from focus.segment.loss import segmentation_losses, tracking_loss
 from focus.segment.predictor import Prediction
-from focus.sequence import fill_codes
+from focus.sequence import fill_codes, written_codes
 from focus.tokenizer.dual import Codes
 
 NAMING = ("referring", "reasoning", "interactive")  # names, then masks, and nothing drawn
@@ -49,10 +49,10 @@ class MultimodalStage(Stage):
 
     `extra`: segmentation (bool), segment_weight, visual_weight, edit_token_weight, code_weight,
     target_repeats (see `repeat_targets`), drop_text (see `drop_texts`), swap_names (see
-    `swap_names`), and tasks_per_step: so many
-    of the run's micro-batches a step, in turn (default: all of them); pack: length of the trunk's
-    packed rows (0: a row per sequence); track_weight: of the object embeddings' contrast between
-    the frames of clips (0: none), which micro-batches of the task "video" show in pairs.
+    `swap_names`), blank_codes (see `blank_codes`), and tasks_per_step: so many of the run's
+    micro-batches a step, in turn (default: all of them); pack: length of the trunk's packed rows
+    (0: a row per sequence); track_weight: of the object embeddings' contrast between the frames of
+    clips (0: none), which micro-batches of the task "video" show in pairs.
     """
 
     def __init__(self) -> None:
@@ -85,6 +85,9 @@ class MultimodalStage(Stage):
         records, wrong = swap_names(kept, float(run.extra.get("swap_names", 0.0)), seed)
         pack = int(run.extra.get("pack", 0))
         batch = collate(records, config, tiny_vocabulary(config), seed=seed, pack=pack)
+        chance = float(run.extra.get("blank_codes", 0.0))
+        if chance and batch.target is not None:
+            batch = replace(batch, blank=blank_codes(batch, chance, seed))
         return hush(batch, wrong), drawn, kept
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -221,6 +224,24 @@ def _unconditional(record: Record) -> Record:
         labels=(),
         target=record.target if record.image is None else record.image,
     )
+
+
+def blank_codes(batch: Batch, chance: float, seed: int) -> Tensor:
+    """Choose codes [B, T] bool of the pictures being written that what follows shall not see.
+
+    A row is chosen with `chance`; each of its levels then loses a share of its codes between none
+    and all. Next to true neighbours a code is soon guessed without a look at the text, and a
+    picture that is written alone, where neighbours are guesses, then says nothing of the text.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    rows = len(batch.input_ids)
+    chosen = written_codes(batch) & (torch.rand(rows, 1, generator=draw) < chance)
+    hidden = torch.zeros_like(chosen)
+    for level in (0, 1):
+        share = 1.2 * torch.rand(rows, 1, generator=draw)  # a sixth of them: all
+        lots = torch.rand(chosen.shape, generator=draw)
+        hidden |= chosen & (batch.grid[..., 0] == level) & (lots < share)
+    return hidden
 
 
 def forward(model: FocusModel, batch: Batch, *, segment: bool) -> Step:

@@ -32,6 +32,7 @@ from engine.data.source import config_of
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.align import align, spoken
+from engine.stages.drawing import Origins, about_to_draw, before_drawing, origins
 from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro, load_initial
 from focus.batch import IGNORE, Batch, Source, move
@@ -50,11 +51,13 @@ class ReadingBatch:
     """A micro-batch with what its answers are about: [B, Q, S], see `subjects`.
 
     says: [B, S, V] what visual tokens say in place of pictures, see `spoken`; None: pictures.
+    drawn: what the cells of a picture to draw come from.
     """
 
     batch: Batch
     about: Tensor
     says: Tensor | None = None
+    drawn: Origins | None = None
 
     def to(self, device: torch.device | str) -> ReadingBatch:
         """Move every tensor."""
@@ -68,36 +71,52 @@ class Pointer(nn.Module):
         super().__init__()
         self.query, self.key = nn.Linear(dim, WIDTH), nn.Linear(dim, WIDTH)
 
-    def forward(self, states: Tensor, seen: Tensor, about: Tensor) -> Tensor | None:
-        """Loss of states [B, Q, D] before semantic tokens [B, S, D] and shares about [B, Q, S].
+    def forward(
+        self,
+        states: Tensor,
+        seen: Tensor,
+        about: Tensor,
+        allowed: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor | None:
+        """Loss of states [B, Q, D] before tokens [B, S, D] and shares about [B, Q, S].
 
-        Rows of zero shares are left out; None when no other is there.
+        Rows of zero shares are left out; None when no other is there. allowed: bool [B, S], the
+        tokens to choose among. weight: [B, Q] of each state in the mean.
         """
         queries, keys = (F.rms_norm(x.float(), x.shape[-1:]) for x in (states, seen))
         scores = self.query(queries) @ self.key(keys).transpose(1, 2)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed[:, None], -torch.inf)
         chance = (scores.float() / WIDTH**0.5).softmax(-1)
         most = about.amax(-1)
         if not bool((most > 0).any()):
             return None
         share: Tensor = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
-        return -share[most > 0].clamp(min=1e-6).log().mean()
+        told = share[most > 0].clamp(min=1e-6).log()
+        if weight is None:
+            return -told.mean()
+        return -(told * weight[most > 0]).sum() / weight[most > 0].sum()
 
 
 class ReadingModel(FocusModel):
     """FOCUS with throw-away pointers beside it.
 
     One reads the states behind layer `depth` where answers begin, one those behind `mask_depth` at
-    mask queries (0: none).
+    mask queries (0: none), one those behind `draw_depth` where a semantic code follows (0: none).
     """
 
-    def __init__(self, config: FocusConfig, depth: int, mask_depth: int = 0) -> None:
+    def __init__(
+        self, config: FocusConfig, depth: int, mask_depth: int = 0, draw_depth: int = 0
+    ) -> None:
         super().__init__(config)
         self.pointer = Pointer(config.llm.dim)
         self.mask_pointer = Pointer(config.llm.dim) if mask_depth else None
+        self.draw_pointer = Pointer(config.llm.dim) if draw_depth else None
         self.states: dict[int, Tensor] = {}
-        self.depth, self.mask_depth = depth, mask_depth
+        self.depth, self.mask_depth, self.draw_depth = depth, mask_depth, draw_depth
         self.says: Tensor | None = None  # for the next forward pass, see `ReadingBatch`
-        for layer in {depth, mask_depth} - {0}:
+        for layer in {depth, mask_depth, draw_depth} - {0}:
             self.trunk.layers[layer - 1].register_forward_hook(partial(self._keep, layer))
 
     def _keep(self, at: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -145,6 +164,16 @@ class ReadingModel(FocusModel):
         seen = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
         shared = about[:, :1].expand(-1, count, -1)
         found: Tensor | None = self.mask_pointer(asked, seen, shared)
+        return found
+
+    def point_words(self, batch: Batch, drawn: Origins | None) -> Tensor | None:
+        """Return the pointer loss of codes about to be written; None without `drawn`."""
+        if self.draw_pointer is None or drawn is None:
+            return None
+        states = self.states[self.draw_depth]
+        asked = gather(states, about_to_draw(batch), drawn.shares.shape[1])
+        allowed = before_drawing(batch)
+        found: Tensor | None = self.draw_pointer(asked, states, drawn.shares, allowed, drawn.weight)
         return found
 
 
@@ -204,18 +233,18 @@ class ReadingStage(MultimodalStage):
     """Aids to reading, then a multimodal stage.
 
     `extra`, beside a multimodal stage's: point_weight, point_layer, mask_layer (0: mask queries
-    need not point), afresh (see `start_afresh`), spread (of text rows), nearby (whether heads start
-    out so), align (scenes the projection is first fitted to), align_share (see `align`) and
-    spelled: visual tokens are the words for what they show, no picture is encoded (questions only,
-    segmentation off).
+    need not point), draw_layer (0: codes about to be written need not), afresh (see
+    `start_afresh`), spread (of text rows), nearby (whether heads start out so), align (scenes the
+    projection is first fitted to), align_share (see `align`) and spelled: visual tokens are the
+    words for what they show, no picture is encoded (questions only, segmentation off).
     """
 
     def build(self, run: Run) -> nn.Module:
         """Return the model with the previous stage's weights, its text rows moved apart."""
         self.run = run
-        depths = (int(run.extra.get("point_layer", 2)), int(run.extra.get("mask_layer", 0)))
-        model = ReadingModel(config_of(run), *depths)
-        load_initial(model, run.init_from, new=("pointer.*", "mask_pointer.*"))
+        layers = (("point_layer", 2), ("mask_layer", 0), ("draw_layer", 0))
+        model = ReadingModel(config_of(run), *(int(run.extra.get(*layer)) for layer in layers))
+        load_initial(model, run.init_from, new=("*pointer.*",))
         if run.extra.get("afresh", False):
             start_afresh(model)
         table = model.front.token_embedding.weight
@@ -235,16 +264,20 @@ class ReadingStage(MultimodalStage):
         """Draw one task-homogeneous micro-batch with what its answers are about."""
         config = config_of(run)
         batch, drawn, kept = self.draw(run, step, micro)
+        pairs = list(zip(drawn, kept, strict=True))
         found = [
             torch.from_numpy(subjects(old.id, config.vanilla.grid)) * (new is old)
-            for old, new in zip(drawn, kept, strict=True)
+            for old, new in pairs
         ]
         about = nn.utils.rnn.pad_sequence(found, batch_first=True)
+        pictured = origins(batch, drawn, tiny_vocabulary(config), config.vanilla.grid)
+        if pictured is not None:
+            pictured.shares.mul_(torch.tensor([new is old for old, new in pairs])[:, None, None])
         says = None
         if run.extra.get("spelled", False):
             vocabulary, grid = tiny_vocabulary(config), config.vanilla.grid
             says = torch.stack([spoken(scene_of(r.id), vocabulary, grid) for r in drawn])
-        return ReadingBatch(batch=batch, about=about, says=says)
+        return ReadingBatch(batch=batch, about=about, says=says, drawn=pictured)
 
     def losses(  # type: ignore[override]
         self, model: nn.Module, batch: ReadingBatch, step: int
@@ -254,8 +287,11 @@ class ReadingStage(MultimodalStage):
         model.says = batch.says
         terms = super().losses(model, batch.batch, step)
         weight = float(self.run.extra.get("point_weight", 1.0))
-        for name, point in (("point", model.point), ("mask_point", model.point_masks)):
-            pointed = point(batch.batch, batch.about)
+        for name, pointed in (
+            ("point", model.point(batch.batch, batch.about)),
+            ("mask_point", model.point_masks(batch.batch, batch.about)),
+            ("draw_point", model.point_words(batch.batch, batch.drawn)),
+        ):
             if pointed is not None:
                 terms[f"{batch.batch.task}/{name}"] = weight * pointed
         return terms

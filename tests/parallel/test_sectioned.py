@@ -22,6 +22,9 @@ from tests.parallel import ranks
 from tests.parallel.small import CONFIG
 from tests.parallel.test_layouts import worst
 
+# The Hungarian method decides between mask queries: with some seeds two of them cost the same up to
+# the last bit, and layouts that round differently go apart from there. Not with this one.
+SEED = 1
 STAGES = {name: f"focus_tiny_stage{name}" for name in (2, 3, 4)}
 
 
@@ -119,7 +122,7 @@ def curves(rank: int, layout: ParallelConfig, steps: int) -> dict[int, Any]:
 
     found: dict[int, Any] = {}
     for number in STAGES:
-        run = narrow(number, parallel=layout)
+        run = narrow(number, parallel=layout, seed=SEED)
         stage = sectioned(find_stage(run.stage))
         with open_mesh(layout) as mesh:
             seed_everything(derive_seed(run.seed, "build"))
