@@ -206,8 +206,8 @@ def decode_text(
         if step < max_tokens:
             logits = _text_logits(model, state.hidden, ids, vocabulary.text_size)
             logits = logits.index_fill(1, banned, -torch.inf)
-            top_k, steps = [sampling.top_k[0]] * batch, torch.full_like(seed, step)
-            picked = choose(logits, ids, sampling, top_k, seed, steps).tolist()
+            steps = torch.full_like(seed, step)
+            picked = choose(logits, ids, sampling, [0] * batch, seed, steps).tolist()
         else:
             picked = [stop[0]] * batch
             cut.update(running)
@@ -302,9 +302,9 @@ def _pick(
     if any(choice.only or choice.ids != span for choice in per_row):
         logits = logits.masked_fill(_forbidden(per_row, span, logits.device), -torch.inf)
     ids = torch.arange(span.start, span.stop, device=logits.device)
-    top_k = [sampling.top_k[c.level] if c.level >= 0 else None for c in per_row]
+    levels = [c.level if c.level >= 0 else None for c in per_row]
     steps = torch.tensor([PICTURE_STEP + row.step for row in rows], device=seed.device)
-    picked: list[int] = choose(logits, ids, sampling, top_k, seed, steps).tolist()
+    picked: list[int] = choose(logits, ids, sampling, levels, seed, steps).tolist()
     return picked
 
 

@@ -22,25 +22,37 @@ _MASK = 0xFFFFFFFF
 class Sampling:
     """How tokens are drawn.
 
-    temperature: 0 takes the likeliest.
+    temperature: 0 takes the likeliest. A pair is for (semantic, pixel) codes: where things lie and
+    what they look like; text uses the first.
     top_k: largest number of candidates, for (semantic, pixel) codes; text uses the first.
     top_p: smallest set of candidates that holds this probability.
     guidance: s in s * (log p_cond - log p_uncond) + log p_uncond; 1 is off.
     """
 
-    temperature: float = 1.0
+    temperature: float | tuple[float, float] = 1.0
     top_k: tuple[int | None, int | None] = (None, None)
     top_p: float = 1.0
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.guidance < 0:
+        if min(self.temperatures) < 0 or not 0 < self.top_p <= 1 or self.guidance < 0:
             raise ValueError(
                 "temperature >= 0, 0 < top_p <= 1 and guidance >= 0 expected, "
                 f"got {self.temperature}, {self.top_p} and {self.guidance}"
             )
         if any(k is not None and k < 1 for k in self.top_k):
             raise ValueError(f"top_k of at least 1 or None expected, got {self.top_k}")
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Temperature of semantic and of pixel codes."""
+        given = self.temperature
+        return given if isinstance(given, tuple) else (given, given)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return not any(self.temperatures)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -77,26 +89,33 @@ def choose(
     logits: Tensor,
     ids: Tensor,
     sampling: Sampling,
-    top_k: Sequence[int | None],
+    levels: Sequence[int | None],
     seeds: Tensor,
     steps: Tensor,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Draw one id per row; temperature and top_p are those of `sampling`.
+    """Draw one id per row, as `sampling` says.
 
     logits: [B, V], -inf where not allowed; column j stands for token ids[j], ids [V] int64.
-    top_k: candidates of each row, None for all. seeds, steps: [B] int64, see `gumbel`, whose
-    result [B, V] `noise` is where it was computed ahead.
+    levels: of each row's code (0 semantic or text, 1 pixel); None: any candidate. seeds, steps: [B]
+    int64, see `gumbel`, whose result [B, V] `noise` is where it was computed ahead.
     Returns ids [B] int64.
     """
     logits = logits.float()
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return ids[logits.argmax(-1)]
     size = logits.shape[1]
+    top_k = [None if level is None else sampling.top_k[level] for level in levels]
     counts = [size if k is None else min(k, size) for k in top_k]
+    heat = [sampling.temperatures[level or 0] for level in levels]
     if noise is None:
         noise = gumbel(seeds, steps, ids)
-    logits = logits / sampling.temperature
+    if len(set(heat)) == 1 and heat[0] > 0:
+        logits = logits / heat[0]
+    else:
+        warm = torch.tensor(heat, device=logits.device)[:, None]
+        logits = logits / warm.where(warm > 0, 1)
+        noise = noise * (warm > 0)  # without noise the likeliest is taken
     if min(counts) == size and sampling.top_p == 1:
         return ids[(logits + noise).argmax(-1)]
     num = max(counts)

@@ -64,6 +64,8 @@ def read(directory: Path) -> Settings:
             if name in values:
                 sampling = dict(values[name])
                 sampling["top_k"] = tuple(sampling.get("top_k", (None, None)))
+                if isinstance(sampling.get("temperature"), list):
+                    sampling["temperature"] = tuple(sampling["temperature"])
                 values[name] = Sampling(**sampling)
         return Settings(**values)
     except (OSError, TypeError, ValueError) as error:

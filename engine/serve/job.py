@@ -110,8 +110,8 @@ class TextJob:
         else:
             allowed = logits[:, -1].index_fill(1, self._banned, -torch.inf)
             steps = torch.full_like(self._seeds, self._step)
-            top_k = [self._sampling.top_k[0]] * self.rows
-            found = choose(allowed, self._ids, self._sampling, top_k, self._seeds, steps)
+            levels = [0] * self.rows
+            found = choose(allowed, self._ids, self._sampling, levels, self._seeds, steps)
             picked = found.tolist()
         self._step += 1
         for row in running:
@@ -241,13 +241,12 @@ class PictureJob:
             logits = guide(logits[:num], logits[num:], self._sampling.guidance)
         ids = torch.arange(span.start, span.stop, device=logits.device)
         levels = self._levels(self._step)
-        top_k = [self._sampling.top_k[level] if level is not None else None for level in levels]
         noise = None
         if self._alike:
             noise = self._noise_of(self._step, ids)
         else:
             logits = logits.masked_fill(self._forbidden(levels, span).to(ids.device), -torch.inf)
-        return choose(logits, ids, self._sampling, top_k, self._seeds, self._at(self._step), noise)
+        return choose(logits, ids, self._sampling, levels, self._seeds, self._at(self._step), noise)
 
     def _at(self, step: int) -> Tensor:
         """Number of the token that each row draws: the noise depends on it."""
@@ -257,7 +256,7 @@ class PictureJob:
 
     def _noise_of(self, step: int, ids: Tensor) -> Tensor | None:
         """Draw noise for as many steps of one level at a time as memory allows."""
-        if self._sampling.temperature == 0:
+        if self._sampling.greedy:
             return None
         if self._noise is None or not 0 <= step - self._noise[0] < len(self._noise[1]):
             num, plan = len(self._seeds), self._canvases[0].plan

@@ -128,7 +128,7 @@ class SpeculativeJob:
         if self._branches == 2:
             half = num * width
             logits = guide(logits[:half], logits[half:], self._sampling.guidance)
-        steps, top_k = [], []
+        steps, levels = [], []
         forbidden = torch.zeros(num * width, span.stop - span.start, dtype=torch.bool)
         for row, canvas in enumerate(self._canvases):
             for offset in range(width):
@@ -136,7 +136,7 @@ class SpeculativeJob:
                 inside = offset < self._counts[row] and number < len(canvas.plan.free)
                 level = canvas.plan.levels[number] if inside else None
                 steps.append(PICTURE_STEP + (canvas.plan.free[number] if inside else 0))
-                top_k.append(1 if level is None else self._sampling.top_k[level])
+                levels.append(level)
                 if level is not None:
                     own = self._vocabulary.level_ids[level]
                     banned = forbidden[row * width + offset]
@@ -148,7 +148,7 @@ class SpeculativeJob:
         ids = torch.arange(span.start, span.stop, device=device)
         seeds = self._seeds.repeat_interleave(width)
         at = torch.tensor(steps, device=device)
-        found = choose(logits, ids, self._sampling, top_k, seeds, at)
+        found = choose(logits, ids, self._sampling, levels, seeds, at)
         return [[int(token) for token in row] for row in found.view(num, width).tolist()]
 
     def _chunk(self, starts: Sequence[int], back: Sequence[int] | None) -> Chunk:

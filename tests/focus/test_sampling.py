@@ -8,13 +8,13 @@ IDS = torch.arange(100, 106)
 DRAWS = 40_000
 
 
-def draw(sampling: Sampling, top_k: int | None = None, num: int = DRAWS) -> torch.Tensor:
+def draw(sampling: Sampling, level: int | None = 0, num: int = DRAWS) -> torch.Tensor:
     """Frequencies of `num` draws, each from its own seed."""
     chosen = choose(
         LOGITS.expand(num, -1),
         IDS,
         sampling,
-        [top_k] * num,
+        [level] * num,
         torch.arange(num) * 7919,
         torch.zeros(num, dtype=torch.int64),
     )
@@ -36,7 +36,7 @@ def test_draws_follow_the_softmax(temperature):
 def test_top_k_keeps_the_likeliest_and_their_proportions():
     expected = torch.zeros(6)
     expected[[0, 1, 4]] = LOGITS[[0, 1, 4]].softmax(-1)
-    assert_frequencies(draw(Sampling(), top_k=3), expected)
+    assert_frequencies(draw(Sampling(top_k=(3, None))), expected)
 
 
 def test_top_p_keeps_the_smallest_sufficient_set():
@@ -50,34 +50,51 @@ def test_top_p_keeps_the_smallest_sufficient_set():
 
 def test_temperature_zero_and_top_k_one_take_the_likeliest():
     assert draw(GREEDY)[0] == 1
-    assert draw(Sampling(temperature=3.0), top_k=1)[0] == 1
+    assert draw(Sampling(temperature=3.0, top_k=(None, 1)), level=1)[0] == 1
 
 
 def test_top_k_differs_from_row_to_row():
     logits = LOGITS.expand(400, -1)
     seeds, steps = torch.arange(400), torch.zeros(400, dtype=torch.int64)
-    chosen = choose(logits, IDS, Sampling(), [1] * 200 + [None] * 200, seeds, steps)
+    chosen = choose(logits, IDS, Sampling(top_k=(1, 3)), [0] * 200 + [None] * 200, seeds, steps)
     assert set(chosen[:200].tolist()) == {100}
     assert set(chosen[200:].tolist()) == {100, 101, 102, 103, 104}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9)])
+def test_temperature_differs_from_level_to_level():
+    pair = Sampling(temperature=(2.0, 0.5))
+    assert_frequencies(draw(pair, level=0), (LOGITS / 2).softmax(-1))
+    assert_frequencies(draw(pair, level=1), (LOGITS / 0.5).softmax(-1))
+    logits, steps = LOGITS.expand(DRAWS, -1), torch.zeros(DRAWS, dtype=torch.int64)
+    levels = [0] * (DRAWS // 2) + [1] * (DRAWS // 2)
+    cold = Sampling(temperature=(1.0, 0.0))
+    chosen = choose(logits, IDS, cold, levels, torch.arange(DRAWS), steps)
+    warm = chosen[: DRAWS // 2]
+    assert len(warm.unique()) == 5 and bool((chosen[DRAWS // 2 :] == 100).all())
+    alone = choose(logits, IDS, Sampling(), [0] * DRAWS, torch.arange(DRAWS), steps)
+    assert torch.equal(warm, alone[: DRAWS // 2])
+    assert not cold.greedy and Sampling(temperature=(0.0, 0.0)).greedy
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_k=(None, 20)), Sampling(top_k=(None, 20), top_p=0.9)]
+)
 def test_a_draw_depends_on_seed_step_and_ids_alone(sampling):
     torch.manual_seed(0)
     logits = torch.randn(8, 64)
     ids = torch.arange(1000, 1064)
     seeds = torch.tensor([5, 1 << 40, 3, 3, 9, 77, 0, (1 << 62) + 1])
     steps = torch.arange(8)
-    together = choose(logits, ids, sampling, [20] * 8, seeds, steps)
+    together = choose(logits, ids, sampling, [1] * 8, seeds, steps)
     for row in range(8):
         one = slice(row, row + 1)
-        alone = choose(logits[one], ids, sampling, [20], seeds[one], steps[one])
+        alone = choose(logits[one], ids, sampling, [1], seeds[one], steps[one])
         assert alone == together[row]
         # a wider slice of the vocabulary, the rest forbidden
         wide = torch.full((1, 90), -torch.inf)
         wide[:, 10:74] = logits[one]
         assert together[row] == choose(
-            wide, torch.arange(990, 1080), sampling, [20], seeds[one], steps[one]
+            wide, torch.arange(990, 1080), sampling, [1], seeds[one], steps[one]
         )
 
 
