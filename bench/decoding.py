@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.qwen2_config import qwen2_config
 from bench.timer import Timing, extra_memory
 from engine.serve.decode import Decoder
 from focus.api import Focus
@@ -116,28 +117,17 @@ def recompute(model: Focus, prompt: Tensor, num: int, tick: Tick) -> list[int]:
 
 def transformers_twin(model: Focus) -> Any:
     """Return transformers' Qwen2ForCausalLM with copies of our weights."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    config, network = model.config.llm, model.model
-    theirs = Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=config.dim,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_length,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tie_embeddings,
-            use_sliding_window=False,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    network = model.model
+    config = qwen2_config(
+        model.config.llm,
+        use_sliding_window=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = Qwen2ForCausalLM(config).eval()
     weights = {f"model.{name}": tensor for name, tensor in network.trunk.state_dict().items()}
     weights["model.embed_tokens.weight"] = network.front.token_embedding.weight
     weights["lm_head.weight"] = network.heads.lm_head.weight

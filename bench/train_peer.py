@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.qwen2_config import qwen2_config
 from engine.run import Run
 from engine.train import StepWork
 from focus.config import LLMConfig
@@ -24,23 +25,9 @@ class TransformersTrunk(nn.Module):
 
     def __init__(self, config: LLMConfig, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        from transformers import Qwen2Config, Qwen2Model
+        from transformers import Qwen2Model
 
-        self.inner = Qwen2Model(
-            Qwen2Config(
-                vocab_size=1,
-                hidden_size=config.dim,
-                intermediate_size=config.ffn_dim,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=config.max_length,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                attn_implementation="sdpa",
-            )
-        )
+        self.inner = Qwen2Model(qwen2_config(config, vocab_size=1, attn_implementation="sdpa"))
         del self.inner.embed_tokens
         self.inner.load_state_dict(weights, strict=True)
 

@@ -97,7 +97,7 @@ def _run(
 
 
 def _tokenizer(scale: str, size: int, steps: int, micro: int, after: str) -> Run:
-    extra: dict[str, Any] = {"gan_start": 20_000, "gan_warm": 20_000}
+    extra: dict[str, Any] = {"gan_start": 20_000, "gan_warm": 20_000, "code_noise": 0.1}
     if size == 512:
         extra = {"gan_start": 0, "gan_warm": 0}  # the discriminator goes on from the first phase
     return _run(

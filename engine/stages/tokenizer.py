@@ -21,7 +21,7 @@ from focus.config import FocusConfig
 from focus.inputs import to_pictures
 from focus.model import FocusModel
 from focus.tokenizer.adversary import Adversary, Discriminator, PerceptualLoss
-from focus.tokenizer.dual import TokenizerWeights
+from focus.tokenizer.dual import CodeNoise, TokenizerWeights
 
 
 class TokenizerModel(FocusModel):
@@ -40,16 +40,23 @@ class TokenizerModel(FocusModel):
 
 
 class TokenizerStage(Stage):
-    """`extra`: gan_channels, gan_weight, gan_start, gan_warm (the discriminator's), perceptual."""
+    """`extra`: gan_channels, gan_weight, gan_start, gan_warm (the discriminator's), perceptual.
+
+    And code_noise: so many of the pictures get so many of their pixel codes from a neighbour (0.1
+    in the first phase of facts section 7), which the decoder has to see through; 0: none.
+    """
 
     def __init__(self) -> None:
         self._weights = TokenizerWeights()
+        self._noise: CodeNoise | None = None
         self._shown: Pictures | None = None
 
     def build(self, run: Run) -> nn.Module:
         """Return the model with the foundation's weights."""
         extra = run.extra
         self._weights = TokenizerWeights(perceptual=extra.get("perceptual", 1.0))
+        rate = float(extra.get("code_noise", 0.0))
+        self._noise = CodeNoise(sample_rate=rate, token_rate=rate) if rate else None
         model = TokenizerModel(
             config_of(run),
             extra.get("gan_channels", 64),
@@ -79,6 +86,7 @@ class TokenizerStage(Stage):
             step=step,
             perceptual=PerceptualLoss(lambda x: front.hierarchical(x)[:3]),
             adversary=model.scratch,
+            noise=self._noise,
             weights=self._weights,
         )
         self._shown = Pictures(**{k: v[:6] for k, v in vars(batch).items()})

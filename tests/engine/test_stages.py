@@ -102,6 +102,17 @@ def test_instruction_tuning_joins_mask_and_picture() -> None:
     assert all(gradient.abs().max() > 0 for gradient in found)
 
 
+def test_the_tokenizer_learns_with_the_noise_that_its_run_asks_for() -> None:
+    assert find_run("focus_3b_stage1_tokenizer_256").extra["code_noise"] == 0.1
+    assert "code_noise" not in find_run("focus_3b_stage1_tokenizer_512").extra
+    run = small("focus_tiny_stage1_tokenizer")
+    found = []
+    for rate in (0.0, 1.0):
+        noisy = dataclasses.replace(run, extra={**run.extra, "code_noise": rate})
+        found.append(float(gradients(noisy)[1]["l1"].detach()))
+    assert found[0] != found[1]
+
+
 def test_tasks_take_turns() -> None:
     run = find_run("focus_tiny_stage3")
     stage = find_stage(run.stage)
