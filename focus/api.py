@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
-from scipy.ndimage import maximum_filter
 
 from focus import settings as generation_settings
 from focus.buckets import Bucket, buckets_for, match_bucket
 from focus.config import FocusConfig
 from focus.geometry import Letterbox
 from focus.model import CONDITION_KINDS, FocusModel
+from focus.paste import paste
 from focus.pictures import read_picture, rgb_of
 from focus.pipeline import Pipeline, Session, codes_of, to_uint8
 from focus.pretrained import (
@@ -52,7 +52,6 @@ from focus.vocabulary import Vocabulary
 Picture = PILImage.Image | np.ndarray | str | Path
 SegmentTask = Literal["referring", "reasoning", "class", "interactive"]
 SEGMENT_TASKS = ("referring", "reasoning", "class", "interactive")
-FEATHER = 1  # cells by which a pasted edit reaches over its mask, so that no seam shows
 
 
 class Focus:
@@ -345,11 +344,7 @@ class Focus:
         fitted = box.image_back(raw)
         if not self.settings.paste_outside:
             return fitted
-        reach = max(1, round(FEATHER * max(mask.shape) / max(raw.shape[:2])))
-        grown = maximum_filter(mask, 2 * reach + 1)  # separable: a large reach costs no more
-        soft = grown[..., None].astype(np.float32)
-        mixed = soft * fitted + (1 - soft) * request.image
-        return np.asarray(mixed.round().astype(np.uint8))
+        return paste(request.image, fitted, mask, max(mask.shape) / max(raw.shape[:2]))
 
 
 def read_pixels(image: Picture) -> Pixels:
