@@ -297,6 +297,22 @@ def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     return np.stack([share[:, [i + 1 for i in objects]].sum(1) for objects in about])
 
 
+def touched(record_id: str, grid: tuple[int, int]) -> np.ndarray:
+    """Where a record's masks lie, from its id alone: share [rows * columns] of each cell.
+
+    As the first row of `subjects`; an edit's is what it changes, before and after.
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    drawn = _plan(record_id)
+    if drawn.after is None or drawn.after is drawn.scene:
+        return np.asarray(subjects(record_id, grid)[0])
+    changed = 0 if drawn.changed is None else drawn.changed + 1
+    before = coverage(drawn.scene, grid)[:, changed]
+    if drawn.kind == "remove":
+        return before
+    return np.maximum(before, coverage(drawn.after, grid)[:, changed])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the cells of a picture to draw come from.
@@ -322,11 +338,10 @@ def plan_of(record_id: str, grid: tuple[int, int]) -> Plan:
     told = tuple((words, after[:, column]) for column, words in drawn.told)
     if drawn.after is drawn.scene:
         return Plan(told=told, kept=none)
-    changed = 0 if drawn.changed is None else drawn.changed + 1
-    before = coverage(drawn.scene, grid)[:, changed]
+    there = touched(record_id, grid)
     if drawn.kind == "remove":  # what shows there now is told by no single place
-        return Plan(told=told, kept=np.asarray(before == 0, np.float32))
-    return Plan(told=told, kept=1 - np.maximum(before, after[:, changed]))
+        return Plan(told=told, kept=np.asarray(there == 0, np.float32))
+    return Plan(told=told, kept=1 - there)
 
 
 def requested(record_id: str) -> tuple[Requested, ...]:

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.scene_tasks import scene_of, subjects
+from engine.data.scene_tasks import scene_of, subjects, touched
 from engine.data.source import config_of
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
@@ -50,12 +51,14 @@ SPREAD = 0.1  # of the noise on a text row's entries; the rows' own are about as
 class ReadingBatch:
     """A micro-batch with what its answers are about: [B, Q, S], see `subjects`.
 
+    touched: [B, S] where its masks lie, see `touched`.
     says: [B, S, V] what visual tokens say in place of pictures, see `spoken`; None: pictures.
     drawn: what the cells of a picture to draw come from.
     """
 
     batch: Batch
     about: Tensor
+    touched: Tensor
     says: Tensor | None = None
     drawn: Origins | None = None
 
@@ -153,16 +156,16 @@ class ReadingModel(FocusModel):
         found: Tensor | None = self.pointer(asked, seen, about * (begins >= 0)[..., None])
         return found
 
-    def point_masks(self, batch: Batch, about: Tensor) -> Tensor | None:
-        """Return the mask queries' pointer loss; their target is the first answer's."""
+    def point_masks(self, batch: Batch, touched: Tensor) -> Tensor | None:
+        """Return the mask queries' pointer loss; their targets are the cells [B, S] of masks."""
         queries = batch.source == Source.MASK_QUERY
         if self.mask_pointer is None or not bool(queries.any()):
             return None
         states = self.states[self.mask_depth]
         count = self.config.segment.num_queries
         asked = gather(states, queries, count)
-        seen = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
-        shared = about[:, :1].expand(-1, count, -1)
+        seen = gather(states, batch.source == Source.SEMANTIC, touched.shape[1])
+        shared = touched[:, None].expand(-1, count, -1)
         found: Tensor | None = self.mask_pointer(asked, seen, shared)
         return found
 
@@ -273,11 +276,14 @@ class ReadingStage(MultimodalStage):
         pictured = origins(batch, drawn, tiny_vocabulary(config), config.vanilla.grid)
         if pictured is not None:
             pictured.shares.mul_(torch.tensor([new is old for old, new in pairs])[:, None, None])
+        area = np.stack([touched(old.id, config.vanilla.grid) * (new is old) for old, new in pairs])
         says = None
         if run.extra.get("spelled", False):
             vocabulary, grid = tiny_vocabulary(config), config.vanilla.grid
             says = torch.stack([spoken(scene_of(r.id), vocabulary, grid) for r in drawn])
-        return ReadingBatch(batch=batch, about=about, says=says, drawn=pictured)
+        return ReadingBatch(
+            batch=batch, about=about, touched=torch.from_numpy(area), says=says, drawn=pictured
+        )
 
     def losses(  # type: ignore[override]
         self, model: nn.Module, batch: ReadingBatch, step: int
@@ -289,7 +295,7 @@ class ReadingStage(MultimodalStage):
         weight = float(self.run.extra.get("point_weight", 1.0))
         for name, pointed in (
             ("point", model.point(batch.batch, batch.about)),
-            ("mask_point", model.point_masks(batch.batch, batch.about)),
+            ("mask_point", model.point_masks(batch.batch, batch.touched)),
             ("draw_point", model.point_words(batch.batch, batch.drawn)),
         ):
             if pointed is not None:

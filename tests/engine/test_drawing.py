@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.data.scene_model import DataError
-from engine.data.scene_tasks import plan_of, sample
+from engine.data.scene_tasks import plan_of, sample, subjects, touched
 from engine.data.words import tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
@@ -65,6 +65,18 @@ def test_an_edit_says_what_changes_and_keeps_the_rest() -> None:
             assert (plan.kept + share).max() < 1 + 1e-6
         assert plan.kept[mask == 0].min(initial=1) > 0.8  # drawn at half of the mask's size
     assert kinds == {"remove", "replace", "recolour", "move", "background"}
+
+
+def test_a_mask_query_points_at_all_that_an_edit_touches() -> None:
+    for index in range(20):
+        record = sample("editing", "train", 2, index, 128)
+        exact = record.masks[0].reshape(8, 16, 8, 16).mean((1, 3)).reshape(-1)
+        assert abs(touched(record.id, GRID) - exact).max() < 0.25
+        if record.kind == "move":
+            assert touched(record.id, GRID).sum() > 1.5 * subjects(record.id, GRID)[0].sum()
+    for task in ("referring", "interactive", "generation"):
+        record = sample(task, "train", 2, 0, 64)  # type: ignore[arg-type]
+        assert (touched(record.id, GRID) == subjects(record.id, GRID)[0]).all()
 
 
 def test_what_draws_nothing_has_no_plan_and_strangers_are_refused() -> None:
