@@ -225,7 +225,7 @@ def focus_tiny_seeing() -> Run:
         name="focus_tiny_seeing",
         stage="reading",
         model="focus_tiny",
-        steps=1200,
+        steps=1700,
         micro_batches=(
             ("generation", 20),
             ("vqa", 14),
