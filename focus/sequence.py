@@ -220,7 +220,7 @@ def fill_codes(batch: Batch, codes: CodesLike, vocabulary: Vocabulary) -> Batch:
     labels[:, :-1] = torch.where(taught, ids[:, 1:], labels[:, :-1])
     if batch.blank is not None:
         ids = ids.masked_fill(batch.blank & where, vocabulary.pad_id)
-    return dataclasses.replace(batch, input_ids=ids, labels=labels, blank=None)
+    return dataclasses.replace(batch, input_ids=ids, labels=labels)
 
 
 def _check_cover(level: int, grid: Tensor, rows: Tensor, columns: Tensor, batch: int) -> None:
