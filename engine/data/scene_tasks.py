@@ -308,9 +308,8 @@ def touched(record_id: str, grid: tuple[int, int]) -> np.ndarray:
         return np.asarray(subjects(record_id, grid)[0])
     changed = 0 if drawn.changed is None else drawn.changed + 1
     before = coverage(drawn.scene, grid)[:, changed]
-    if drawn.kind == "remove":
-        return before
-    return np.maximum(before, coverage(drawn.after, grid)[:, changed])
+    after = 0 if drawn.kind == "remove" else coverage(drawn.after, grid)[:, changed]
+    return np.asarray(np.maximum(before, after))
 
 
 @dataclass(frozen=True, kw_only=True)
