@@ -306,10 +306,14 @@ def touched(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     drawn = _plan(record_id)
     if drawn.after is None or drawn.after is drawn.scene:
         return np.asarray(subjects(record_id, grid)[0])
+    return _edited(drawn, coverage(drawn.after, grid), grid)
+
+
+def _edited(drawn: Draft, after: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Share of each cell that an edit changes. after: coverage of the scene behind it."""
     changed = 0 if drawn.changed is None else drawn.changed + 1
     before = coverage(drawn.scene, grid)[:, changed]
-    after = 0 if drawn.kind == "remove" else coverage(drawn.after, grid)[:, changed]
-    return np.asarray(np.maximum(before, after))
+    return before if drawn.kind == "remove" else np.maximum(before, after[:, changed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +341,7 @@ def plan_of(record_id: str, grid: tuple[int, int]) -> Plan:
     told = tuple((words, after[:, column]) for column, words in drawn.told)
     if drawn.after is drawn.scene:
         return Plan(told=told, kept=none)
-    there = touched(record_id, grid)
+    there = _edited(drawn, after, grid)
     if drawn.kind == "remove":  # what shows there now is told by no single place
         return Plan(told=told, kept=np.asarray(there == 0, np.float32))
     return Plan(told=told, kept=1 - there)
