@@ -235,7 +235,7 @@ def focus_tiny_seeing() -> Run:
             ("interactive", 12),
             ("editing", 12),
             ("vqa", 14),
-            ("generation", 20),
+            ("referring", 14),
             ("class", 10),
             ("editing", 12),
             ("referring", 14),
@@ -267,6 +267,7 @@ def focus_tiny_seeing() -> Run:
             "align_share": 2.0,
             "mask_layer": 4,
             "draw_layer": 2,
+            "unpaired": True,
         },
     )
 

@@ -30,15 +30,23 @@ class Rows(Protocol):
 
 
 def language_loss(
-    hidden: Tensor, labels: Tensor, table: Tensor | Table, weight: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    table: Tensor | Table,
+    weight: Tensor | None = None,
+    without: Tensor | None = None,
 ) -> Tensor:
     """Mean next-token cross-entropy over labelled positions.
 
     hidden [B, T, D], labels [B, T] already shifted (IGNORE carries no loss), table [V, D].
     weight [B, T] scales positions; the mean is over the weights. Zero when nothing is labelled.
+    without [B, T] an id that the softmax of a position leaves out, -1 for none; not with a table
+    whose rows no process holds alone.
     Logits are computed for labelled positions only, `CHUNK` at a time, in fp32.
     """
     if not isinstance(table, Tensor):
+        if without is not None:
+            raise ValueError("a split table computes every logit; pass no `without`")
         return table.loss(hidden, labels, weight)
     where = labels != IGNORE
     states, targets = hidden[where], labels[where]
@@ -47,14 +55,16 @@ def language_loss(
     scale = (
         torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[where].float()
     )
+    absent = torch.full_like(targets, -1) if without is None else without[where]
     total = hidden.new_zeros((), dtype=torch.float32)
-    for state, target, part in zip(
-        torch.split(states, CHUNK),
-        torch.split(targets, CHUNK),
-        torch.split(scale, CHUNK),
-        strict=True,
+    for state, target, part, left_out in zip(
+        *(torch.split(x, CHUNK) for x in (states, targets, scale, absent)), strict=True
     ):
-        loss = F.cross_entropy(F.linear(state, table).float(), target, reduction="none")
+        logits = F.linear(state, table).float()
+        if without is not None:
+            rows = (left_out >= 0).nonzero()[:, 0]
+            logits = logits.index_put((rows, left_out[rows]), logits.new_tensor(-torch.inf))
+        loss = F.cross_entropy(logits, target, reduction="none")
         total = total + (loss * part).sum()
     return total / scale.sum().clamp(min=1e-6)
 

@@ -297,6 +297,15 @@ def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     return np.stack([share[:, [i + 1 for i in objects]].sum(1) for objects in about])
 
 
+def pairs_asked(record_id: str) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """(colour, shape) of the objects that each answer of a dialogue is about, from its id alone.
+
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    plan = _plan(record_id)
+    return tuple(tuple(plan.scene.objects[i].pair for i in about) for about in plan.about)
+
+
 def touched(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     """Where a record's masks lie, from its id alone: share [rows * columns] of each cell.
 

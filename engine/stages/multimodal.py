@@ -121,7 +121,7 @@ class MultimodalStage(Stage):
         words = labelled & ~visual & ~self._structural(batch.labels)
         terms = {}
         if bool(words.any()):
-            terms["words"] = language_loss(done.hidden, batch.labels.where(words, IGNORE), table)
+            terms["words"] = self.words_term(model, done.hidden, batch.labels.where(words, IGNORE))
         if done.codes is None or not bool(visual.any()):
             return terms
         weight = token_weight(batch, float(extra.get("edit_token_weight", 1.0)))
@@ -134,6 +134,10 @@ class MultimodalStage(Stage):
         if code_weight:
             terms["code"] = code_weight * self._code_loss(model, done, visual & (next_level == 1))
         return terms
+
+    def words_term(self, model: FocusModel, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the words of answers."""
+        return language_loss(hidden, labels, model.heads.lm_head.weight)
 
     def _structural(self, labels: Tensor) -> Tensor:
         """Return which labels are picture structure: the grammar forces them in decoding."""

@@ -33,12 +33,15 @@ from engine.data.source import config_of
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.align import align, spoken
+from engine.stages.answers import answer_starts
 from engine.stages.drawing import Origins, about_to_draw, before_drawing, origins
 from engine.stages.multimodal import MultimodalStage
 from engine.stages.stage import Micro, load_initial
-from focus.batch import IGNORE, Batch, Source, move
+from engine.stages.unpaired import unpaired
+from focus.batch import Batch, Source, move
 from focus.config import FocusConfig
 from focus.llm import Attention
+from focus.losses import language_loss
 from focus.model import Features, FocusModel, gather
 from focus.vision.fusion import Fused
 
@@ -54,6 +57,7 @@ class ReadingBatch:
     touched: [B, S] where its masks lie, see `touched`.
     says: [B, S, V] what visual tokens say in place of pictures, see `spoken`; None: pictures.
     drawn: what the cells of a picture to draw come from.
+    unpaired: [B, T] see `unpaired`; None: every answer's softmax is over all words.
     """
 
     batch: Batch
@@ -61,6 +65,7 @@ class ReadingBatch:
     touched: Tensor
     says: Tensor | None = None
     drawn: Origins | None = None
+    unpaired: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ReadingBatch:
         """Move every tensor."""
@@ -180,18 +185,6 @@ class ReadingModel(FocusModel):
         return found
 
 
-def answer_starts(batch: Batch, num: int) -> Tensor:
-    """Positions [B, num] whose next token is the first of an answer; -1 where there are fewer."""
-    labelled = batch.labels != IGNORE
-    first = labelled & ~F.pad(labelled, (1, 0))[:, :-1]
-    number = first.cumsum(1) - 1
-    found = torch.full((len(first), num), -1, dtype=torch.int64, device=first.device)
-    row, place = first.nonzero(as_tuple=True)
-    kept = number[row, place] < num
-    found[row[kept], number[row, place][kept]] = place[kept]
-    return found
-
-
 @torch.no_grad()
 def start_afresh(model: FocusModel) -> None:
     """Draw the trunk and the text rows anew, the rows as wide as `SPREAD` and unlike each other.
@@ -238,9 +231,14 @@ class ReadingStage(MultimodalStage):
     `extra`, beside a multimodal stage's: point_weight, point_layer, mask_layer (0: mask queries
     need not point), draw_layer (0: codes about to be written need not), afresh (see
     `start_afresh`), spread (of text rows), nearby (whether heads start out so), align (scenes the
-    projection is first fitted to), align_share (see `align`) and spelled: visual tokens are the
-    words for what they show, no picture is encoded (questions only, segmentation off).
+    projection is first fitted to), align_share (see `align`), unpaired (whether answers' softmax
+    leaves words out, see `unpaired.py`) and spelled: visual tokens are the words for what they
+    show, no picture is encoded (questions only, segmentation off).
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: Tensor | None = None  # of the next forward pass, see `ReadingBatch.unpaired`
 
     def build(self, run: Run) -> nn.Module:
         """Return the model with the previous stage's weights, its text rows moved apart."""
@@ -281,16 +279,28 @@ class ReadingStage(MultimodalStage):
         if run.extra.get("spelled", False):
             vocabulary, grid = tiny_vocabulary(config), config.vanilla.grid
             says = torch.stack([spoken(scene_of(r.id), vocabulary, grid) for r in drawn])
+        left_out = None
+        if run.extra.get("unpaired", False):
+            left_out = unpaired(batch, drawn, tiny_vocabulary(config))
         return ReadingBatch(
-            batch=batch, about=about, touched=torch.from_numpy(area), says=says, drawn=pictured
+            batch=batch,
+            about=about,
+            touched=torch.from_numpy(area),
+            says=says,
+            drawn=pictured,
+            unpaired=left_out,
         )
+
+    def words_term(self, model: FocusModel, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the answers' words, without those that training never pairs."""
+        return language_loss(hidden, labels, model.heads.lm_head.weight, without=self.left_out)
 
     def losses(  # type: ignore[override]
         self, model: nn.Module, batch: ReadingBatch, step: int
     ) -> dict[str, Tensor]:
         """Return a multimodal stage's terms and the pointer's."""
         assert isinstance(model, ReadingModel) and self.run is not None
-        model.says = batch.says
+        model.says, self.left_out = batch.says, batch.unpaired
         terms = super().losses(model, batch.batch, step)
         weight = float(self.run.extra.get("point_weight", 1.0))
         for name, pointed in (

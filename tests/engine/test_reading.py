@@ -16,7 +16,8 @@ from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
 from engine.stages.align import align, centred_words, spoken
-from engine.stages.reading import ReadingModel, ReadingStage, answer_starts, look_nearby
+from engine.stages.answers import answer_starts
+from engine.stages.reading import ReadingModel, ReadingStage, look_nearby
 from engine.stages.stage import Micro
 from focus.batch import IGNORE
 from focus.inputs import collate, to_pictures
