@@ -17,6 +17,7 @@ from focus.api import Focus
 from focus.model import FocusModel
 from focus.presets import CONFIGS
 from focus.sampling import Sampling
+from focus.segment.refine import Refinement
 from focus.settings import Settings
 
 CARD = "README.md"
@@ -31,6 +32,7 @@ TINY_SETTINGS = Settings(
     guidance=1.0,
     scheduler="dpm++",
     object_score=0.3,
+    refinement=Refinement(),
     decoder="pixel",  # the better of the two until the diffusion decoder has seen more steps
     keep_tokens=True,
     paste_outside=True,

@@ -20,13 +20,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image as PILImage
 
 from focus import settings as generation_settings
 from focus.buckets import Bucket, buckets_for, match_bucket
 from focus.config import FocusConfig
-from focus.geometry import Letterbox
+from focus.geometry import Letterbox, lay_in_frame
 from focus.model import CONDITION_KINDS, FocusModel
 from focus.paste import paste
 from focus.pictures import read_picture, rgb_of
@@ -45,6 +44,7 @@ from focus.regions import Region, region_mask
 from focus.request import Bitmap, EditResult, Pixels, Request, RequestError, SegmentResult
 from focus.segment.infer import Instances, Thresholds, decode
 from focus.segment.predictor import Prediction
+from focus.segment.refine import Refinement
 from focus.settings import Settings
 from focus.video import Tracks, edit_clip, track_classes, track_regions, track_text
 from focus.vocabulary import Vocabulary
@@ -256,7 +256,8 @@ class Focus:
         pipeline = self.pipeline()
         session = pipeline.open(requests)
         words = pipeline.say(session)
-        found = self._decode(session, pipeline.segment(session), thresholds)
+        refinement = self.settings.refinement
+        found = self._decode(session, pipeline.segment(session), thresholds, refinement)
         return [
             _result(request, instances, said.text)
             for request, instances, said in zip(requests, found, words, strict=True)
@@ -267,11 +268,12 @@ class Focus:
         pipeline = self.pipeline(steps)
         session = pipeline.open(requests)
         words = pipeline.say(session)
-        found = self._decode(session, pipeline.segment(session), None)
+        # Unrefined: an edit may reach where the picture has no edge, such as an object's new place.
+        found = self._decode(session, pipeline.segment(session))
         frame = self.config.hierarchical.image_size
         boxes = [self._box(request) for request in requests]
-        framed = _framed([instances.probabilities for instances in found], boxes, frame)
-        touched = _framed([instances.masks for instances in found], boxes, frame)
+        framed = lay_in_frame([instances.probabilities for instances in found], boxes, frame)
+        touched = lay_in_frame([instances.masks for instances in found], boxes, frame)
         keep = [mask.numpy() for mask in touched[:, 0] > 0] if self.settings.keep_tokens else None
         drawings = pipeline.draw(session, sampling=self.settings.editing, masks=keep)
         seeds = [request.seed for request in requests]
@@ -326,7 +328,11 @@ class Focus:
         return Letterbox.fit(size, self.config.hierarchical.image_size)
 
     def _decode(
-        self, session: Session, prediction: Prediction, thresholds: Thresholds | None
+        self,
+        session: Session,
+        prediction: Prediction,
+        thresholds: Thresholds | None = None,
+        refinement: Refinement | None = None,
     ) -> list[Instances]:
         assert session.batch.num_conditions is not None
         return decode(
@@ -336,6 +342,8 @@ class Focus:
             [self._box(request) for request in session.requests],
             thresholds=thresholds or Thresholds(object=self.settings.object_score),
             points=session.batch.region_points,
+            pictures=session.frames,
+            refinement=refinement,
         )
 
     def _fit(self, request: Request, raw: Pixels, mask: Bitmap, box: Letterbox) -> Pixels:
@@ -372,22 +380,6 @@ def point(text: str) -> str:
         r"\b(it|this one|that one|this|that)\b", REGION, text, count=1, flags=re.IGNORECASE
     )
     return replaced if count else f"{text.rstrip()} {REGION}"
-
-
-def _framed(
-    masks: Sequence[torch.Tensor], boxes: Sequence[Letterbox], frame: tuple[int, int]
-) -> torch.Tensor:
-    """Lay each picture's first mask [1, H, W] into the encoders' frame: [B, 1, h, w] in [0, 1].
-
-    Sampled by area, so that nothing thin is lost in a large picture.
-    """
-    framed = torch.zeros(len(boxes), 1, *frame)
-    for row, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
-        height, width = box.content
-        top, left = box.offset
-        fitted = F.interpolate(mask[None, :1].float(), (height, width), mode="area")
-        framed[row, 0, top : top + height, left : left + width] = fitted[0, 0]
-    return framed
 
 
 def _result(request: Request, found: Instances, said: str) -> SegmentResult:

@@ -145,3 +145,19 @@ def letterbox(
     top, left = box.offset
     framed[top : top + box.content[0], left : left + box.content[1]] = content
     return framed, box
+
+
+def lay_in_frame(
+    masks: Sequence[Tensor], boxes: Sequence[Letterbox], frame: tuple[int, int]
+) -> Tensor:
+    """Lay each picture's first mask [1, H, W] into the encoders' frame: [B, 1, h, w] in [0, 1].
+
+    Sampled by area, so that nothing thin is lost in a large picture.
+    """
+    framed = torch.zeros(len(boxes), 1, *frame)
+    for row, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
+        height, width = box.content
+        top, left = box.offset
+        fitted = F.interpolate(mask[None, :1].float(), (height, width), mode="area")
+        framed[row, 0, top : top + height, left : left + width] = fitted[0, 0]
+    return framed

@@ -49,6 +49,11 @@ class Session:
     bucket: Bucket  # size of the picture to draw
     mask_states: Tensor | None = None  # E_Q [B, N, D], once masks are predicted
 
+    @property
+    def frames(self) -> Tensor | None:
+        """The pictures given [B, 3, h, w], as they lie in the hierarchical encoder's frame."""
+        return None if self.batch.pictures is None else self.batch.pictures.hierarchical
+
 
 class Pipeline:
     """Runs a `FocusModel` without gradients, in evaluation mode."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from focus.errors import CheckpointMismatch
 from focus.sampling import Sampling
+from focus.segment.refine import Refinement
 
 FILE = "generation_config.json"
 
@@ -21,10 +22,11 @@ class Settings:
     words: longest answer in tokens. generation, editing: how visual tokens are drawn.
     steps, guidance, scheduler: the diffusion decoder's sampling (facts section 13: 50 steps, 2.0).
     object_score: score from which class-based segmentation reports an object (Mask2Former's 0.8).
+    refinement: how segmented masks are fitted to the picture's edges (edits: never), None: not.
     decoder: "diffusion", or "pixel" for the tokenizer's own quick preview.
     keep_tokens: copy the source's visual tokens outside the edit mask instead of writing them.
     paste_outside: take every pixel outside the edit mask from the source picture. Neither is in the
-    paper; both keep what was not meant to change.
+    paper, nor is `refinement`; both keep what was not meant to change.
     """
 
     words: int = 64
@@ -40,6 +42,7 @@ class Settings:
     guidance: float = 2.0
     scheduler: str = "ddim"
     object_score: float = 0.8
+    refinement: Refinement | None = None
     decoder: Literal["diffusion", "pixel"] = "diffusion"
     keep_tokens: bool = False
     paste_outside: bool = False
@@ -67,6 +70,8 @@ def read(directory: Path) -> Settings:
                 if isinstance(sampling.get("temperature"), list):
                     sampling["temperature"] = tuple(sampling["temperature"])
                 values[name] = Sampling(**sampling)
+        if "refinement" in values and values["refinement"] is not None:
+            values["refinement"] = Refinement(**values["refinement"])
         return Settings(**values)
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointMismatch(f"{path}: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from focus.geometry import Letterbox
 from focus.segment.predictor import Kind, Prediction, SegmentError
+from focus.segment.refine import Refinement, refine
 
 # N queries, K candidates, I instances, h w mask grid, H W picture
 
@@ -57,16 +58,33 @@ class Instances:
         return len(self.scores)
 
 
+class Guide(NamedTuple):
+    """A picture [3, H, W] in [0, 1] as it lies in the frame, and how it refines masks."""
+
+    picture: Tensor
+    how: Refinement
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a `Prediction`: mask logits [N, h, w], scores [N, K (+1)], embeddings [N, D]."""
+    """One row of a `Prediction`: mask logits [N, h, w], scores [N, K (+1)], embeddings [N, D].
+
+    guide: the picture in its frame and how masks are refined by it, see `refine.py`; None: not.
+    """
 
     masks: Tensor
     scores: Tensor
     embeddings: Tensor
+    guide: Guide | None = None
 
 
-def row_of(prediction: Prediction, index: int, num_conditions: int, kind: Kind) -> Row:
+def row_of(
+    prediction: Prediction,
+    index: int,
+    num_conditions: int,
+    kind: Kind,
+    guide: Guide | None = None,
+) -> Row:
     """Cut one row out of a prediction, without the scores of padding candidates, in fp32."""
     scores = prediction.scores[index].float()
     kept = scores[:, :num_conditions]
@@ -76,22 +94,29 @@ def row_of(prediction: Prediction, index: int, num_conditions: int, kind: Kind) 
         masks=prediction.masks[index].float(),
         scores=kept,
         embeddings=prediction.embeddings[index].float(),
+        guide=guide,
     )
 
 
-def picture_masks(masks: Tensor, letterbox: Letterbox | None) -> Tensor:
+def picture_masks(masks: Tensor, letterbox: Letterbox | None, guide: Guide | None = None) -> Tensor:
     """Probabilities [I, H, W] at the picture's size of mask logits [I, h, w] at stride 4.
 
-    Logits are interpolated, then squashed: the edge lies where the logit crosses zero. Without a
-    letterbox the result has the frame's size, four times the grid.
+    Logits are interpolated, then squashed: the edge lies where the logit crosses zero. With a guide
+    they are refined in its frame first. Without a letterbox the result has the frame's size, four
+    times the grid.
     """
+    if guide is not None:
+        refined = refine(_grown(masks, guide.picture.shape[1:]).sigmoid(), *guide)
+        return refined if letterbox is None else letterbox.mask_back(refined)
     if letterbox is not None:
         return letterbox.mask_back(masks).sigmoid()
-    size = (masks.shape[-2] * 4, masks.shape[-1] * 4)
+    return _grown(masks, (masks.shape[-2] * 4, masks.shape[-1] * 4)).sigmoid()
+
+
+def _grown(masks: Tensor, size: Sequence[int]) -> Tensor:
     if not len(masks):
         return masks.new_zeros(0, *size)
-    resized = F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)
-    return resized[0].sigmoid()
+    return F.interpolate(masks[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
 def mask_quality(masks: Tensor) -> Tensor:
@@ -110,7 +135,7 @@ def collect(
     thresholds: Thresholds,
 ) -> Instances:
     """Bring the chosen queries' masks to the picture."""
-    probabilities = picture_masks(row.masks[queries], letterbox)
+    probabilities = picture_masks(row.masks[queries], letterbox, row.guide)
     return Instances(
         masks=probabilities >= thresholds.mask,
         probabilities=probabilities,
@@ -145,7 +170,7 @@ def referring(
     members = (confidence > thresholds.union).nonzero()[:, 0]
     if not len(members):
         return top
-    joined = picture_masks(row.masks[members], letterbox).amax(dim=0, keepdim=True)
+    joined = picture_masks(row.masks[members], letterbox, row.guide).amax(dim=0, keepdim=True)
     first = members[ranked[members].argmax()][None]
     return Instances(
         masks=joined >= thresholds.mask,
@@ -216,7 +241,7 @@ def semantic(
     """
     thresholds = thresholds or Thresholds()
     weight = row.scores.softmax(dim=-1)[:, :-1]
-    masks = picture_masks(row.masks, letterbox)
+    masks = picture_masks(row.masks, letterbox, row.guide)
     best = torch.einsum("nk,nhw->khw", weight, masks).max(dim=0)
     if thresholds.background is None:
         return best.indices
@@ -291,11 +316,15 @@ def decode(
     rule: Literal["top1", "union"] = "top1",
     thresholds: Thresholds | None = None,
     points: Tensor | None = None,
+    pictures: Tensor | None = None,
+    refinement: Refinement | None = None,
 ) -> list[Instances]:
     """Apply the default rule of a kind to every row: panoptic, referring or interactive.
 
     letterboxes: how each picture entered the frame; masks come back at its size. points: of the
-    prompts [B, R, P, 2], see `interactive`. Raises `SegmentError` when the numbers of rows differ.
+    prompts [B, R, P, 2], see `interactive`. pictures: [B, 3, h, w] in [0, 1], as they lie in the
+    frame; refinement: how masks follow their edges, see `refine.py`. Raises `SegmentError` when the
+    numbers of rows differ.
     """
     counts = [int(count) for count in num_conditions]
     boxes = list(letterboxes) if letterboxes is not None else [None] * len(counts)
@@ -306,7 +335,10 @@ def decode(
         )
     found = []
     for index, (count, box) in enumerate(zip(counts, boxes, strict=True)):
-        row = row_of(prediction, index, count, kind)
+        guide = None
+        if refinement is not None and pictures is not None:
+            guide = Guide(pictures[index], refinement)
+        row = row_of(prediction, index, count, kind, guide)
         if kind == "class":
             found.append(panoptic(row, box, thresholds=thresholds))
         elif kind == "text":
