@@ -28,7 +28,7 @@ class ColourPipeline:
 
     def open(self, requests: Sequence[Any], region_vectors: Tensor) -> Any:
         picture = torch.from_numpy(requests[0].image.copy()).permute(2, 0, 1)[None] / 255
-        return SimpleNamespace(features=picture, vectors=region_vectors[0])
+        return SimpleNamespace(features=picture, frames=picture, vectors=region_vectors[0])
 
     def say(self, session: Any) -> None:
         return None
@@ -56,6 +56,7 @@ def oracle() -> Any:
     config = dataclasses.replace(focus_tiny(), name="oracle")
     return SimpleNamespace(
         config=config,
+        settings=Settings(),
         model=SimpleNamespace(front=ColourFront()),
         pipeline=ColourPipeline,
         segment_batch=lambda requests: [
