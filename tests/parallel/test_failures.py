@@ -98,7 +98,7 @@ def kill_often(folder: Path, kills: int, seed: int, steps: int) -> int:
     hits = 0
     for _ in range(kills):
         processes = ranks.launch(2, folder, train_part, folder, TP2, steps, changes)
-        wait_for_progress(folder, processes[0], source.randrange(2))
+        wait_for_progress(folder, processes[0], source.randrange(4))  # some save before they die
         time.sleep(source.uniform(0.0, 0.3))
         victim = processes[source.randrange(2)]
         if victim.pid is not None and victim.is_alive():
