@@ -13,10 +13,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow train-tiny lint format bench clean install
+.PHONY: help demo test test-parallel test-slow train-tiny lint format bench clean install
 help:
 	@echo "make demo        run every task on unseen scenes, write out/demo/index.html"
 	@echo "make test        the test suite"
+	@echo "make test-parallel  the long proofs on several processes: layouts, kills, resharding"
 	@echo "make train-tiny  train focus_tiny from nothing, all stages; a second call resumes"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       measure the operators"
@@ -42,6 +43,11 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+
+# Four processes share the cores: one test at a time.
+test-parallel: export OMP_NUM_THREADS = 1
+test-parallel: $(STAMP)
+	$(BIN)/python -m pytest tests/parallel -m "slow and not gpu"
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(STAMP)
