@@ -23,7 +23,7 @@ from focus.model import Features
 from focus.pipeline import Session
 from focus.regions import MaskRegion, Region, region_mask, sample_points
 from focus.request import Bitmap, EditResult, Pixels, Request, RequestError
-from focus.segment.infer import Guide, Instances, Thresholds, decode, interactive, row_of
+from focus.segment.infer import Instances, Thresholds, decode, guide_of, interactive, row_of
 from focus.segment.tracker import NEW, Tracker, TrackerConfig, propagate
 
 if TYPE_CHECKING:
@@ -257,8 +257,7 @@ class _Spread:
         assert session.features is not None
         self.pipeline.say(session)
         prediction = self.pipeline.segment(session)
-        how, frames = self.model.settings.refinement, session.frames
-        guide = Guide(frames[0], how) if how is not None and frames is not None else None
+        guide = guide_of(session.frames, 0, self.model.settings.refinement)
         row = row_of(prediction, 0, len(masks), "region", guide)
         found = interactive(row, _box(self.model, self.frames[after]), unique=True)
         for number, score in enumerate(found.scores.tolist()):

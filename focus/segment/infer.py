@@ -65,6 +65,11 @@ class Guide(NamedTuple):
     how: Refinement
 
 
+def guide_of(pictures: Tensor | None, index: int, how: Refinement | None) -> Guide | None:
+    """Return the guide of one of the pictures [B, 3, h, w]; None where either is missing."""
+    return None if pictures is None or how is None else Guide(pictures[index], how)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One row of a `Prediction`: mask logits [N, h, w], scores [N, K (+1)], embeddings [N, D].
@@ -335,10 +340,7 @@ def decode(
         )
     found = []
     for index, (count, box) in enumerate(zip(counts, boxes, strict=True)):
-        guide = None
-        if refinement is not None and pictures is not None:
-            guide = Guide(pictures[index], refinement)
-        row = row_of(prediction, index, count, kind, guide)
+        row = row_of(prediction, index, count, kind, guide_of(pictures, index, refinement))
         if kind == "class":
             found.append(panoptic(row, box, thresholds=thresholds))
         elif kind == "text":
