@@ -267,6 +267,7 @@ def focus_tiny_seeing() -> Run:
             "align_share": 2.0,
             "mask_layer": 4,
             "draw_layer": 2,
+            "class_layer": 2,
             "unpaired": True,
         },
     )

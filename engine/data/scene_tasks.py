@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -246,6 +247,7 @@ class Requested:
     y: float
 
 
+@lru_cache(maxsize=64)  # what is asked of a record comes in a row
 def _plan(record_id: str, task: str | None = None) -> Draft:
     """The draft behind a record of the built-in world, which its id names."""
     parts = record_id.rsplit("-", 3)
@@ -297,6 +299,20 @@ def subjects(record_id: str, grid: tuple[int, int]) -> np.ndarray:
     return np.stack([share[:, [i + 1 for i in objects]].sum(1) for objects in about])
 
 
+def listed(record_id: str, grid: tuple[int, int]) -> np.ndarray:
+    """Where the objects lie that each candidate class names, from a record's id alone.
+
+    Returns float32 [K, rows * columns]: the share of each cell that they cover, zero where none is.
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    plan = _plan(record_id)
+    share = coverage(plan.scene, grid)
+    labels = range(len(plan.classes))
+    named = [[i + 1 for i, of in plan.targets if of == label] for label in labels]
+    found = [share[:, columns].sum(1) for columns in named]
+    return np.stack(found) if found else np.zeros((0, len(share)), np.float32)
+
+
 def pairs_asked(record_id: str) -> tuple[tuple[tuple[str, str], ...], ...]:
     """(colour, shape) of the objects that each answer of a dialogue is about, from its id alone.
 
@@ -304,6 +320,15 @@ def pairs_asked(record_id: str) -> tuple[tuple[tuple[str, str], ...], ...]:
     """
     plan = _plan(record_id)
     return tuple(tuple(plan.scene.objects[i].pair for i in about) for about in plan.about)
+
+
+def pairs_segmented(record_id: str) -> tuple[tuple[str, str], ...]:
+    """(colour, shape) of the object behind each mask of a record to segment, from its id alone.
+
+    Raises: DataError when the id is not of a record of the built-in world.
+    """
+    plan = _plan(record_id)
+    return tuple(plan.scene.objects[i].pair for i, _ in plan.targets)
 
 
 def touched(record_id: str, grid: tuple[int, int]) -> np.ndarray:

@@ -98,8 +98,7 @@ class MultimodalStage(Stage):
         terms = self.language_terms(model, done)
         if done.prediction is not None:
             weight = float(self.run.extra.get("segment_weight", 1.0))
-            repeats = int(self.run.extra.get("target_repeats", 1))
-            found = segmentation_terms(model, done, repeats)
+            found = self.mask_terms(model, done)
             terms.update({name: weight * value for name, value in found.items()})
             track = float(self.run.extra.get("track_weight", 0.0))
             if track and done.batch.mask_objects is not None:
@@ -134,6 +133,12 @@ class MultimodalStage(Stage):
         if code_weight:
             terms["code"] = code_weight * self._code_loss(model, done, visual & (next_level == 1))
         return terms
+
+    def mask_terms(self, model: FocusModel, done: Step) -> dict[str, Tensor]:
+        """Segmentation terms, see `segmentation_terms`."""
+        assert self.run is not None
+        repeats = int(self.run.extra.get("target_repeats", 1))
+        return segmentation_terms(model, done, repeats)
 
     def words_term(self, model: FocusModel, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the words of answers."""
@@ -271,11 +276,14 @@ def repeat_targets(masks: Tensor, labels: Tensor, times: int) -> tuple[Tensor, T
     return masks.repeat(1, times, 1, 1), labels.repeat(1, times)
 
 
-def segmentation_terms(model: FocusModel, done: Step, repeats: int = 1) -> dict[str, Tensor]:
+def segmentation_terms(
+    model: FocusModel, done: Step, repeats: int = 1, left_out: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return the weighted score, BCE and Dice terms (facts section 8).
 
     repeats: how many queries may match one target of an expression or a region; class-based
-    segmentation has to keep its instances apart and always matches one.
+    segmentation has to keep its instances apart and always matches one. left_out: of class-based
+    segmentation, see `segmentation_losses`.
     """
     batch = done.batch
     assert done.prediction is not None
@@ -292,6 +300,7 @@ def segmentation_terms(model: FocusModel, done: Step, repeats: int = 1) -> dict[
         batch.num_conditions,
         kind,
         num_points=model.config.segment.num_points,
+        left_out=left_out if kind == "class" else None,
     )
 
 

@@ -19,33 +19,28 @@ say just what they show (`spelled`); it then holds for pictures whose tokens are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.scene_tasks import scene_of, subjects, touched
+from engine.data.scene_tasks import listed, scene_of, subjects, touched
 from engine.data.source import config_of
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.stages.align import align, spoken
-from engine.stages.answers import answer_starts
-from engine.stages.drawing import Origins, about_to_draw, before_drawing, origins
-from engine.stages.multimodal import MultimodalStage
+from engine.stages.drawing import Origins, origins
+from engine.stages.multimodal import MultimodalStage, Step, segmentation_terms
+from engine.stages.pointing import ReadingModel
 from engine.stages.stage import Micro, load_initial
-from engine.stages.unpaired import unpaired
-from focus.batch import Batch, Source, move
-from focus.config import FocusConfig
+from engine.stages.unpaired import unpaired, unpaired_classes, unpaired_masks, without
+from focus.batch import Batch, move
 from focus.llm import Attention
 from focus.losses import language_loss
-from focus.model import Features, FocusModel, gather
-from focus.vision.fusion import Fused
+from focus.model import FocusModel
 
-WIDTH = 64  # of the pointer's queries and keys
 NEARBY, PULL = 7, 2.0  # rotary pairs of a head that looks nearby, and their bias
 SPREAD = 0.1  # of the noise on a text row's entries; the rows' own are about as large
 
@@ -58,6 +53,9 @@ class ReadingBatch:
     says: [B, S, V] what visual tokens say in place of pictures, see `spoken`; None: pictures.
     drawn: what the cells of a picture to draw come from.
     unpaired: [B, T] see `unpaired`; None: every answer's softmax is over all words.
+    unlisted: [B, K] see `unpaired_classes`; None: queries are scored against all candidates.
+    mispaired: [B, N] see `unpaired_masks`.
+    listed: [B, K, S] where what each candidate class names lies, see `listed`; None: no classes.
     """
 
     batch: Batch
@@ -66,123 +64,13 @@ class ReadingBatch:
     says: Tensor | None = None
     drawn: Origins | None = None
     unpaired: Tensor | None = None
+    unlisted: Tensor | None = None
+    mispaired: Tensor | None = None
+    listed: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ReadingBatch:
         """Move every tensor."""
         return move(self, device)
-
-
-class Pointer(nn.Module):
-    """-log sum_s c_s p(s | q) of states that should know where in the picture something is."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.query, self.key = nn.Linear(dim, WIDTH), nn.Linear(dim, WIDTH)
-
-    def forward(
-        self,
-        states: Tensor,
-        seen: Tensor,
-        about: Tensor,
-        allowed: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor | None:
-        """Loss of states [B, Q, D] before tokens [B, S, D] and shares about [B, Q, S].
-
-        Rows of zero shares are left out; None when no other is there. allowed: bool [B, S], the
-        tokens to choose among. weight: [B, Q] of each state in the mean.
-        """
-        queries, keys = (F.rms_norm(x.float(), x.shape[-1:]) for x in (states, seen))
-        scores = self.query(queries) @ self.key(keys).transpose(1, 2)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-        chance = (scores.float() / WIDTH**0.5).softmax(-1)
-        most = about.amax(-1)
-        if not bool((most > 0).any()):
-            return None
-        share: Tensor = (about / most.clamp(min=1e-6)[..., None] * chance).sum(-1)
-        told = share[most > 0].clamp(min=1e-6).log()
-        if weight is None:
-            return -told.mean()
-        return -(told * weight[most > 0]).sum() / weight[most > 0].sum()
-
-
-class ReadingModel(FocusModel):
-    """FOCUS with throw-away pointers beside it.
-
-    One reads the states behind layer `depth` where answers begin, one those behind `mask_depth` at
-    mask queries (0: none), one those behind `draw_depth` where a semantic code follows (0: none).
-    """
-
-    def __init__(
-        self, config: FocusConfig, depth: int, mask_depth: int = 0, draw_depth: int = 0
-    ) -> None:
-        super().__init__(config)
-        self.pointer = Pointer(config.llm.dim)
-        self.mask_pointer = Pointer(config.llm.dim) if mask_depth else None
-        self.draw_pointer = Pointer(config.llm.dim) if draw_depth else None
-        self.states: dict[int, Tensor] = {}
-        self.depth, self.mask_depth, self.draw_depth = depth, mask_depth, draw_depth
-        self.says: Tensor | None = None  # for the next forward pass, see `ReadingBatch`
-        for layer in {depth, mask_depth, draw_depth} - {0}:
-            self.trunk.layers[layer - 1].register_forward_hook(partial(self._keep, layer))
-
-    def _keep(self, at: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.states[at] = output
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Features | None]:
-        """See `FocusModel.forward`; the pointers' states stay in `states`, [B, T, D] by layer."""
-        self.states.clear()
-        if self.says is None:
-            found: tuple[Tensor, Features | None] = super().forward(batch)
-            return found
-        features = self.spell(self.says)
-        embeddings = self.front.embed(batch, features)
-        return self.trunk(embeddings, lengths=batch.lengths), features
-
-    def spell(self, says: Tensor) -> Features:
-        """Return features without any encoder: visual tokens are sums of words, the rest zero."""
-        config, size = self.config, len(says)
-        projected = self.front.fusion.out_norm(
-            says @ self.front.token_embedding.weight[: says.shape[2]]
-        )
-        empty = projected.new_zeros(size, 0)
-        pixel = projected.new_zeros(size, config.pixel.codebook.dim, *config.pixel.grid)
-        adapter = projected.new_zeros(size, config.adapter.num_queries, config.llm.dim)
-        fused = Fused(e_prime=empty, e_img=empty, projected=projected)
-        return Features(maps=(), low=empty, fused=fused, pixel=pixel, adapter=adapter)
-
-    def point(self, batch: Batch, about: Tensor) -> Tensor | None:
-        """Return the answers' pointer loss, or None when no answer is about an object."""
-        states = self.states[self.depth]
-        begins = answer_starts(batch, about.shape[1])  # [B, Q]
-        asked = states.gather(1, begins.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
-        seen = gather(states, batch.source == Source.SEMANTIC, about.shape[2])
-        found: Tensor | None = self.pointer(asked, seen, about * (begins >= 0)[..., None])
-        return found
-
-    def point_masks(self, batch: Batch, touched: Tensor) -> Tensor | None:
-        """Return the mask queries' pointer loss; their targets are the cells [B, S] of masks."""
-        queries = batch.source == Source.MASK_QUERY
-        if self.mask_pointer is None or not bool(queries.any()):
-            return None
-        states = self.states[self.mask_depth]
-        count = self.config.segment.num_queries
-        asked = gather(states, queries, count)
-        seen = gather(states, batch.source == Source.SEMANTIC, touched.shape[1])
-        shared = touched[:, None].expand(-1, count, -1)
-        found: Tensor | None = self.mask_pointer(asked, seen, shared)
-        return found
-
-    def point_words(self, batch: Batch, drawn: Origins | None) -> Tensor | None:
-        """Return the pointer loss of codes about to be written; None without `drawn`."""
-        if self.draw_pointer is None or drawn is None:
-            return None
-        states = self.states[self.draw_depth]
-        asked = gather(states, about_to_draw(batch), drawn.shares.shape[1])
-        allowed = before_drawing(batch)
-        found: Tensor | None = self.draw_pointer(asked, states, drawn.shares, allowed, drawn.weight)
-        return found
 
 
 @torch.no_grad()
@@ -229,7 +117,8 @@ class ReadingStage(MultimodalStage):
     """Aids to reading, then a multimodal stage.
 
     `extra`, beside a multimodal stage's: point_weight, point_layer, mask_layer (0: mask queries
-    need not point), draw_layer (0: codes about to be written need not), afresh (see
+    need not point), draw_layer (0: codes about to be written need not), class_layer
+    (0: candidate classes need not), afresh (see
     `start_afresh`), spread (of text rows), nearby (whether heads start out so), align (scenes the
     projection is first fitted to), align_share (see `align`), unpaired (whether answers' softmax
     leaves words out, see `unpaired.py`) and spelled: visual tokens are the words for what they
@@ -238,12 +127,12 @@ class ReadingStage(MultimodalStage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left_out: Tensor | None = None  # of the next forward pass, see `ReadingBatch.unpaired`
+        self.drawn: ReadingBatch | None = None  # of the next forward pass
 
     def build(self, run: Run) -> nn.Module:
         """Return the model with the previous stage's weights, its text rows moved apart."""
         self.run = run
-        layers = (("point_layer", 2), ("mask_layer", 0), ("draw_layer", 0))
+        layers = (("point_layer", 2), ("mask_layer", 0), ("draw_layer", 0), ("class_layer", 0))
         model = ReadingModel(config_of(run), *(int(run.extra.get(*layer)) for layer in layers))
         load_initial(model, run.init_from, new=("*pointer.*",))
         if run.extra.get("afresh", False):
@@ -279,9 +168,17 @@ class ReadingStage(MultimodalStage):
         if run.extra.get("spelled", False):
             vocabulary, grid = tiny_vocabulary(config), config.vanilla.grid
             says = torch.stack([spoken(scene_of(r.id), vocabulary, grid) for r in drawn])
-        left_out = None
+        left_out = unlisted = mispaired = None
         if run.extra.get("unpaired", False):
             left_out = unpaired(batch, drawn, tiny_vocabulary(config))
+            if batch.task == "class":
+                unlisted, mispaired = unpaired_classes(drawn), unpaired_masks(drawn)
+        classes = None
+        if batch.task == "class":
+            classes = nn.utils.rnn.pad_sequence(
+                [torch.from_numpy(listed(r.id, config.vanilla.grid)) for r in drawn],
+                batch_first=True,
+            )
         return ReadingBatch(
             batch=batch,
             about=about,
@@ -289,24 +186,38 @@ class ReadingStage(MultimodalStage):
             says=says,
             drawn=pictured,
             unpaired=left_out,
+            unlisted=unlisted,
+            mispaired=mispaired,
+            listed=classes,
         )
 
     def words_term(self, model: FocusModel, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the answers' words, without those that training never pairs."""
-        return language_loss(hidden, labels, model.heads.lm_head.weight, without=self.left_out)
+        left_out = None if self.drawn is None else self.drawn.unpaired
+        return language_loss(hidden, labels, model.heads.lm_head.weight, without=left_out)
+
+    def mask_terms(self, model: FocusModel, done: Step) -> dict[str, Tensor]:
+        """Segmentation terms, the scores without candidates that training never pairs."""
+        if self.drawn is None or self.drawn.unlisted is None:
+            return super().mask_terms(model, done)
+        assert done.prediction is not None
+        found = without(done.prediction, self.drawn.unlisted)
+        left_out = self.drawn.mispaired
+        return segmentation_terms(model, replace(done, prediction=found), left_out=left_out)
 
     def losses(  # type: ignore[override]
         self, model: nn.Module, batch: ReadingBatch, step: int
     ) -> dict[str, Tensor]:
         """Return a multimodal stage's terms and the pointer's."""
         assert isinstance(model, ReadingModel) and self.run is not None
-        model.says, self.left_out = batch.says, batch.unpaired
+        model.says, self.drawn = batch.says, batch
         terms = super().losses(model, batch.batch, step)
         weight = float(self.run.extra.get("point_weight", 1.0))
         for name, pointed in (
             ("point", model.point(batch.batch, batch.about)),
             ("mask_point", model.point_masks(batch.batch, batch.touched)),
             ("draw_point", model.point_words(batch.batch, batch.drawn)),
+            ("class_point", model.point_classes(batch.batch, batch.listed)),
         ):
             if pointed is not None:
                 terms[f"{batch.batch.task}/{name}"] = weight * pointed

@@ -34,6 +34,7 @@ def segmentation_losses(
     num_points: int = 12_544,
     weights: LossWeights | None = None,
     num_masks: Tensor | float | None = None,
+    left_out: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Weighted losses, summed over the prediction sets (deep supervision).
@@ -43,7 +44,8 @@ def segmentation_losses(
     prediction: the predictor's output. masks: [B, N, H, W] bool, any size with the picture's
     aspect. mask_labels: [B, N] candidate of each mask, -1 padding; several masks may share one.
     num_conditions: [B] real candidates per row. `num_masks` normalises bce and dice: the number of
-    target masks of this batch unless given (data parallel passes the mean over ranks).
+    target masks of this batch unless given (data parallel passes the mean over ranks). left_out:
+    [B, N] a candidate that the query matched with a mask is not scored against, -1 none.
     Returns fp32 scalars "cls", "bce", "dice"; their sum is the loss. All three are connected to the
     graph when there is no mask at all. Raises `SegmentError` on a label without candidate.
     """
@@ -66,6 +68,8 @@ def segmentation_losses(
         matched = queries[:, row, column]
         target = _score_targets(predictions, matched, row, labels[row, column], kind)
         scores = torch.stack([scores.float() for _, scores in predictions])
+        if left_out is not None:
+            scores = _leave_out(scores, matched, row, left_out.cpu()[row, column])
         cls = _score_loss(scores, target.to(scores.device), num_conditions, kind, weights)
         count = max(float(len(row)), 1.0) if num_masks is None else num_masks
         bce, dice = _mask_losses(
@@ -176,6 +180,16 @@ def _score_targets(
     target = torch.zeros(num_sets, batch, num_queries, width)
     target[(*index, label.expand_as(matched)[keep].long())] = 1.0
     return target
+
+
+def _leave_out(scores: Tensor, matched: Tensor, row: Tensor, candidate: Tensor) -> Tensor:
+    """Lowest scores [S, B, Q, K] for a candidate [M] of each query matched [S, M] in a row [M]."""
+    step = torch.arange(len(scores))[:, None].expand_as(matched)
+    keep = (matched >= 0) & (candidate >= 0)
+    places = (step, row.expand_as(matched), matched, candidate.expand_as(matched))
+    index = tuple(place[keep].to(scores.device) for place in places)
+    lowest = scores.new_tensor(torch.finfo(scores.dtype).min)
+    return scores.index_put(index, lowest)
 
 
 def _score_loss(

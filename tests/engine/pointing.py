@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.stages.reading import Pointer, ReadingModel
+from engine.stages.pointing import Pointer, ReadingModel
 
 
 def fitted_loss(

@@ -14,7 +14,8 @@ from engine.run import Run
 from engine.runs import find_run
 from engine.stages.drawing import about_to_draw, before_drawing, origins, spans
 from engine.stages.multimodal import MultimodalStage, blank_codes
-from engine.stages.reading import ReadingModel, ReadingStage
+from engine.stages.pointing import ReadingModel
+from engine.stages.reading import ReadingStage
 from engine.stages.stage import Micro
 from focus.batch import IGNORE, Batch, Source
 from focus.inputs import collate

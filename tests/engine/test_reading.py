@@ -10,14 +10,15 @@ import torch
 
 from engine.data.scene_draw import render
 from engine.data.scene_model import DIRECT, DataError, allowed_pairs, random_scene, stream
-from engine.data.scene_tasks import draft, sample, scene_of, subjects
+from engine.data.scene_tasks import draft, listed, sample, scene_of, subjects
 from engine.data.source import draw_records
 from engine.data.words import text_rows, tiny_vocabulary
 from engine.run import Run
 from engine.runs import find_run
 from engine.stages.align import align, centred_words, spoken
 from engine.stages.answers import answer_starts
-from engine.stages.reading import ReadingModel, ReadingStage, look_nearby
+from engine.stages.pointing import ReadingModel, candidate_ends
+from engine.stages.reading import ReadingStage, look_nearby
 from engine.stages.stage import Micro
 from focus.batch import IGNORE
 from focus.inputs import collate, to_pictures
@@ -135,6 +136,45 @@ def test_mask_queries_learn_to_point_at_what_they_segment() -> None:
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.8 * float(before.detach())
+
+
+def test_candidates_learn_to_point_at_what_they_name() -> None:
+    torch.manual_seed(0)
+    run, stage = reading_run(), ReadingStage()
+    run = dataclasses.replace(run, extra={**run.extra, "class_layer": 2})
+    model = stage.build(run)
+    assert isinstance(model, ReadingModel) and model.class_pointer is not None
+    drawn = stage.batches(run, 0, Micro(number=0, task="class", size=4))
+    listed_cells = drawn.listed
+    assert listed_cells is not None
+    terms = stage.losses(model, drawn, 0)
+    loss = fitted_loss(
+        model, model.class_pointer, lambda: model.point_classes(drawn.batch, listed_cells)
+    )
+    assert float(terms["class/class_point"].detach()) > 2 and loss < 1.2
+    other = stage.batches(run, 0, Micro(number=0, task="referring", size=2))
+    assert other.listed is None and "referring/class_point" not in stage.losses(model, other, 0)
+
+
+def test_what_candidates_name_lies_where_the_masks_of_their_label_do() -> None:
+    vocabulary = tiny_vocabulary(CONFIG)
+    records = [sample("class", "train", 3, i, 128) for i in range(6)]
+    batch = collate(records, CONFIG, vocabulary, seed=0)
+    ends = candidate_ends(batch.condition, max(len(r.classes) for r in records))
+    for row, record in enumerate(records):
+        cells = listed(record.id, GRID)
+        assert cells.shape == (len(record.classes), 64)
+        for label, words in enumerate(record.classes):
+            masks = [m for m, of in zip(record.masks, record.labels, strict=True) if of == label]
+            union = np.any(masks, axis=0) if masks else np.zeros((128, 128), bool)
+            exact = union.reshape(8, 16, 8, 16).mean((1, 3)).reshape(-1)
+            assert np.abs(cells[label] - exact).max() < 0.2
+            assert bool(cells[label].any()) == bool(masks)
+            end = int(ends[row, label])
+            expected = [vocabulary.encode(words)[-1], vocabulary.seg_id]
+            assert batch.input_ids[row, end - 1 : end + 1].tolist() == expected
+            assert int(batch.condition[row, end]) == label
+    assert listed(sample("referring", "train", 3, 0, 32).id, GRID).shape == (0, 64)
 
 
 def test_a_fresh_trunk_tells_its_text_rows_apart() -> None:

@@ -99,6 +99,30 @@ def test_class_loss_is_weighted_cross_entropy_over_real_candidates() -> None:
     torch.testing.assert_close(found["cls"], 2 * expected)
 
 
+def test_a_candidate_left_out_is_none_for_the_query_of_that_mask_alone() -> None:
+    torch.manual_seed(0)
+    masks = halves()[None]
+    scores = torch.randn(1, 4, 4, requires_grad=True)  # 3 candidates and the background
+    drawn = torch.cat([masks, torch.zeros(1, 2, SIZE, SIZE, dtype=torch.bool)], dim=1)
+    found = losses(
+        predicted(drawn, scores, copies=1),
+        masks,
+        torch.tensor([[1, 0]]),
+        torch.tensor([3]),
+        "class",
+        num_points=100,
+        left_out=torch.tensor([[2, -1]]),
+    )
+    kept = scores.detach()[0].clone()
+    kept[0, 2] = -torch.inf
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.1])
+    expected = F.cross_entropy(kept, torch.tensor([1, 0, 3, 3]), weight=weight)
+    torch.testing.assert_close(found["cls"].detach(), 2 * 2 * expected)  # of two sets
+    found["cls"].backward()
+    assert scores.grad is not None
+    assert float(scores.grad[0, 0, 2]) == 0 and float(scores.grad[0, 1, 2]) > 0
+
+
 def test_text_loss_balances_positives_and_lets_masks_share_a_label() -> None:
     torch.manual_seed(0)
     masks = halves()[None]
