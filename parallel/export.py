@@ -30,8 +30,12 @@ def whole_state(chunks: Sequence[SplitModel]) -> dict[str, Tensor]:
         for part in ("front", "heads"):
             if hasattr(chunk, part):
                 state = getattr(chunk, part).state_dict()
-                own.update({f"{part}.{name}": tensor.cpu() for name, tensor in state.items()})
+                # Copies: parameters are views of the optimizer's buffer, and what is sent of a view
+                # is all that lies behind it.
+                own.update({f"{part}.{name}": t.to("cpu", copy=True) for name, t in state.items()})
     group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return own if dist.get_rank() == 0 else {}
     first = parallel_state.get_pipeline_model_parallel_first_rank()
     collects = dist.get_rank() == first
     parts: list[dict[str, Tensor]] = [{} for _ in range(group.size())]

@@ -62,6 +62,27 @@ def test_exported_weights_equal_those_of_one_process(
     assert error <= 0.01 * distance(born, trained)
 
 
+def carried(rank: int, layout: ParallelConfig) -> float:
+    """Bytes behind the tensors of a whole state over the bytes that they hold."""
+    from engine.train import build_engine
+    from parallel.export import whole_state
+    from parallel.mesh import open_mesh
+
+    run = small_run(3, parallel=layout)
+    with open_mesh(layout) as mesh:
+        engine = build_engine(run, SmallStage(3), mesh)
+        state = whole_state(engine.chunks)  # type: ignore[attr-defined]
+        stored = sum(t.untyped_storage().nbytes() for t in state.values())
+        return stored / max(1, sum(t.nbytes for t in state.values()))
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {"trunk": "megatron"}), (2, {"pp": 2})])
+def test_tensors_of_a_whole_state_carry_nothing_but_themselves(
+    size: int, layout: dict[str, str | int]
+) -> None:
+    assert ranks.run(size, carried, ParallelConfig(**layout))[0] == 1  # type: ignore[arg-type]
+
+
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Euclidean distance of all weights."""
     squares = [float((one[n].double() - other[n].double()).square().sum()) for n in other]
